@@ -1,0 +1,178 @@
+"""Networks of the papers: ResNets with the stem for small images.
+
+Layers carry torchvision's names, so state dicts and published parameter counts can be compared. The one structural
+difference is the stem: a 3x3 convolution and no max-pooling (He et al., "Deep Residual Learning for Image
+Recognition", CVPR 2016, section 4.2), as in the experiments of KOALA (AAAI 2022).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from functools import partial
+from typing import Final
+
+from torch import Tensor, nn
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class _Block(nn.Module):
+    """What both kinds of block share: the shortcut, a 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                _conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
+            )
+
+    def residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return (self.residual(x) + shortcut).relu_()
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions; the first has the stride."""
+
+    expansion: Final = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__(in_channels, width, stride)
+        self.conv1, self.bn1 = _conv(in_channels, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu_()
+        return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride, as in torchvision.
+
+    ``width_per_group`` is the width of the 3x3 convolution per 64 channels of ``width``: 128 gives the wide networks
+    (Zagoruyko & Komodakis, BMVC 2016).
+    """
+
+    expansion: Final = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, *, width_per_group: int = 64) -> None:
+        inner, outer = width * width_per_group // 64, width * self.expansion
+        super().__init__(in_channels, outer, stride)
+        self.conv1, self.bn1 = _conv(in_channels, inner, 1), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = _conv(inner, inner, 3, stride), nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = _conv(inner, outer, 1), nn.BatchNorm2d(outer)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x)).relu_()
+        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
+
+
+class ResNet(nn.Sequential):
+    """Residual network for small images: ``(B, in_channels, H, W)`` to logits ``(B, num_classes)``.
+
+    Parameters
+    ----------
+    block
+        :class:`BasicBlock` or :class:`Bottleneck`.
+    depths, widths
+        Number of blocks and width of every stage; each stage but the first halves height and width.
+    num_classes, in_channels
+        Number of classes and of input channels.
+    stem_stride
+        Stride of the 3x3 stem.
+    width_per_group
+        See :class:`Bottleneck`, which alone takes it.
+
+    Notes
+    -----
+    Convolutions start Kaiming-normal with ``fan_out``, BatchNorm at 1 and 0, the linear layer at torch's default, as
+    in torchvision and section K.10 of the papers' code. All of it is drawn from torch's default generator.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, ...],
+        widths: tuple[int, ...],
+        *,
+        num_classes: int,
+        in_channels: int,
+        stem_stride: int = 1,
+        width_per_group: int | None = None,
+    ) -> None:
+        make = block if width_per_group is None else partial(block, width_per_group=width_per_group)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["conv1"] = _conv(in_channels, widths[0], 3, stem_stride)
+        layers["bn1"] = nn.BatchNorm2d(widths[0])
+        layers["relu"] = nn.ReLU(inplace=True)
+        channels = widths[0]
+        for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            blocks: list[nn.Module] = []
+            for i in range(depth):
+                blocks.append(make(channels, width, 2 if stage > 1 and i == 0 else 1))
+                channels = width * block.expansion
+            layers[f"layer{stage}"] = nn.Sequential(*blocks)
+        layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(channels, num_classes)
+        super().__init__(layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+_RESNET50 = partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512))
+MODELS: Final = {
+    "resnet8": partial(ResNet, BasicBlock, (1, 1, 1), (8, 16, 32)),
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet50": _RESNET50,
+    "wide_resnet50_2": partial(_RESNET50, width_per_group=128),
+}
+
+
+def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
+    """Build a network by name, on the CPU in float32.
+
+    Parameters
+    ----------
+    name
+        ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are the paper's networks. ``"resnet8"`` (three
+        stages of one basic block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU.
+    num_classes, in_channels
+        Number of classes and of input channels.
+    image_size
+        Height and width of the images in pixels. Only ``"resnet8"`` looks at it: above 16 pixels its stem has
+        stride 2, which makes a training step on 28x28 images four times cheaper.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or a number below 1.
+
+    Notes
+    -----
+    Weights are drawn from torch's default generator: call ``torch.manual_seed`` before.
+
+    Examples
+    --------
+    >>> import torch
+    >>> net = build("resnet8", num_classes=10, in_channels=1, image_size=8)
+    >>> net(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? Known: {', '.join(MODELS)}")
+    for what, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
+        if value < 1:
+            raise ValueError(f"{what} must be at least 1, got {value}")
+    stem_stride = 2 if name == "resnet8" and image_size > 16 else 1
+    return MODELS[name](num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)

@@ -1,0 +1,280 @@
+"""What the optimizers share: argument checks, norms of tensor lists, and the protocol of filters of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise unless ``value`` is a finite number with low <= value < high (low < value if ``open_low``)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not (low < value if open_low else low <= value) or not value < high:
+        bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
+
+
+def check_lr(lr: object) -> None:
+    """A learning rate is a number or, for captured graphs, a 0-dim tensor."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr as a tensor must hold one element, got shape {tuple(lr.shape)}")
+        lr = float(lr)
+    check_number("lr", lr)
+
+
+def scalar_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of filter scalars: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """|t|^2 of each tensor as a 0-dim float64 tensor on its device, accumulated in float32 or better."""
+    if not tensors:
+        return []
+    dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
+    if tensors[0].device.type == "cpu":
+        return [_squared_norm_cpu(t, dtype) for t in tensors]
+    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
+    return [n.to(scalar_dtype(n.device)).square() for n in norms]
+
+
+def _squared_norm_cpu(t: Tensor, dtype: torch.dtype, row: int = 1024) -> Tensor:
+    # torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows,
+    # added in float64, cost the same and are good to 1e-6.
+    if t.numel() <= row or not t.is_contiguous():
+        norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.float64)
+        return norm.square()
+    flat = t.detach().view(-1)
+    whole = flat.numel() // row * row
+    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, row), dim=1, dtype=dtype)
+    return rows.double().square().sum() + _squared_norm_cpu(flat[whole:], dtype)
+
+
+class LossFilter(torch.optim.Optimizer):
+    """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
+
+    The filter is one small tensor of scalars for the whole optimizer, ``filter_entries`` in order. It lives in every
+    param group (the same tensor): there ``load_state_dict`` keeps its float64, which it would cast to the dtype of the
+    weights in ``state``, and checkpoints keyed by parameter find it. Subclasses implement :meth:`_predict`,
+    :meth:`_update` and :meth:`_initialise`.
+    """
+
+    filter_entries: tuple[str, ...]
+    per_group = ("lr", "weight_decay")
+    _observed: Tensor | None = None  # sum, sum of squares and number of the losses seen since predict()
+    _observed_dtype = torch.float32
+
+    def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
+        self._filter_values = [filter_values[name] for name in self.filter_entries]
+        super().__init__(params, defaults)
+
+    # -- what a subclass fills in ------------------------------------------------------------------------------
+
+    def _initialise(self) -> None:
+        """Create the per-parameter state that does not exist yet."""
+        raise NotImplementedError
+
+    def _predict(self) -> None:
+        """Time update of weights and filter."""
+        raise NotImplementedError
+
+    def _update(self, losses: Tensor) -> Tensor:
+        """Measurement update of weights and filter from (sum, sum of squares, number) of the losses; the mean loss."""
+        raise NotImplementedError
+
+    # -- the protocol --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self) -> None:
+        """Move weights and filter to the prediction, where loss and gradient must be evaluated.
+
+        A second call before ``step`` moves nothing, so a step that a gradient scaler skipped can simply be repeated;
+        losses observed meanwhile are forgotten.
+        """
+        self._observed = None
+        if not self.param_groups[0]["predicted"]:
+            self._initialise()
+            self._predict()
+            self._set_predicted(True)
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor | float) -> None:
+        """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
+
+        Args:
+            losses: per-sample losses, any shape, or their mean as a scalar (which counts as one sample). Calls between
+                ``predict`` and ``step`` add up, as the micro-batches of an accumulated gradient do.
+
+        Raises:
+            RuntimeError: without a ``predict()`` before the forward pass.
+            TypeError, ValueError: if the losses are no real floating-point numbers, or none at all.
+        """
+        if not self.param_groups[0]["predicted"]:
+            raise RuntimeError(
+                f"{type(self).__name__} got a loss without predict(): loss and gradient must be taken at the predicted "
+                "weights; call optimizer.predict() before the forward pass, or use optimizer.step(closure)"
+            )
+        losses = torch.as_tensor(losses)
+        if not losses.is_floating_point():
+            raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
+        if losses.numel() == 0:
+            raise ValueError("losses are empty: a step needs at least one sample")
+        values = losses.detach().to(self._filter().device).to(self._filter().dtype)
+        count = torch.full_like(values.sum(), losses.numel())
+        seen = torch.stack([values.sum(), values.square().sum(), count])
+        self._observed = seen if self._observed is None else self._observed + seen
+        self._observed_dtype = losses.dtype
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | None:
+        """One step: ``step(closure)``, or ``predict()`` ... ``step(loss=losses)``, or ``predict()`` ...
+        ``observe(losses)`` ... ``step()``.
+
+        Args:
+            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses.
+            loss: the same losses where forward and backward were run by the caller after :meth:`predict`.
+
+        Returns:
+            The mean loss as a 0-dim tensor, still on the device. ``None`` for the bare ``step()`` at lr = 0 with which
+            distributed checkpoints create the state; nothing moves then.
+
+        Raises:
+            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise RuntimeError("step() takes a closure or a loss, not both")
+            self.predict()
+            with torch.enable_grad():
+                loss = closure()
+            if loss is None:
+                raise TypeError("the closure must return the losses, got None")
+        if loss is not None:
+            self.observe(loss)
+        if self._observed is None:
+            if all(float(group["lr"]) == 0 for group in self.param_groups):
+                self._initialise()
+                return None
+            raise RuntimeError(
+                f"{type(self).__name__}.step() needs the losses: use step(closure), or predict() before the forward "
+                "pass and step(loss=losses) after backward, or observe(losses) before a bare step()"
+            )
+        mean = self._update(self._observed)
+        self._set_predicted(False)
+        self._observed = None
+        return mean.to(self._observed_dtype)
+
+    def filter_state(self) -> dict[str, float]:
+        """The filter's scalars by name, as numbers. Reading them waits for the device."""
+        values = dict(zip(self.filter_entries, self._filter().tolist(), strict=True))
+        del values["skipped_steps"]
+        return values
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps had no usable observation (small gradient, non-finite loss). Waits for the device."""
+        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
+
+    # -- groups and state ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the one filter. Options of a group are ``lr`` and ``weight_decay``.
+
+        Raises:
+            ValueError: if the group sets another option differently from the rest, or a value out of range.
+            TypeError: for parameters that are not real floating-point tensors.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        first = self.param_groups[0]
+        group["predicted"] = first.get("predicted", False)
+        if "filter" not in first:
+            device = first["params"][0].device if first["params"] else torch.device("cpu")
+            first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
+        group["filter"] = first["filter"]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        for name, value in self.defaults.items():
+            if name not in self.per_group and group[name] != value:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
+                    f"so {name} is set once in the constructor (here {value!r}); per group are "
+                    + ", ".join(self.per_group)
+                )
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__} needs real floating-point parameters, got {p.dtype} of shape "
+                    + str(tuple(p.shape))
+                    + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
+        groups = state.get("param_groups", [])
+        saved = groups[0].get("filter") if groups else None
+        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+            raise ValueError(
+                f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
+                "it was saved by another optimizer or by other options"
+            )
+        super().__setstate__(state)
+        self._share_filter(saved.clone())
+
+    def _share_filter(self, values: Tensor) -> None:
+        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
+        values = values.to(device=device, dtype=scalar_dtype(device))
+        for group in self.param_groups:
+            group["filter"] = values
+
+    def _filter(self) -> Tensor:
+        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
+        values: Tensor = self.param_groups[0]["filter"]
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and first.device != values.device:
+            self._share_filter(values)
+            values = self.param_groups[0]["filter"]
+        return values
+
+    def _set_predicted(self, value: bool) -> None:
+        for group in self.param_groups:
+            group["predicted"] = value
+
+    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Lists of parameters to treat at once: one device and dtype each; a single tensor without ``foreach``."""
+        options = self.param_groups[0]
+        on_gpu = bool(params) and params[0].device.type == "cuda"
+        if not (options["fused"] or (on_gpu if options["foreach"] is None else options["foreach"])):
+            yield from ([p] for p in params)
+            return
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((p.device, p.dtype), []).append(p)
+        yield from kinds.values()

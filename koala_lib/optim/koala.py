@@ -1,0 +1,471 @@
+"""KOALA: training as Kalman filtering of the loss (Davtyan et al., AAAI 2022, arXiv 2107.03331).
+
+The weights are a hidden state, the minibatch loss is a noisy observation of a target risk, and the gradient is the
+observation's Jacobian. :class:`KoalaV` lets the weights drift at random (Algorithm 1), :class:`KoalaM` adds velocities
+(eqs. 16-21). The recursions of the covariance are in :mod:`koala_lib.kalman`; ``reference.py`` holds the same
+optimizers as slow loops in the paper's symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+from warnings import warn
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from koala_lib import kalman
+from koala_lib.optim._base import HALF, LossFilter, check_choice, check_flag, check_number, squared_norms
+
+__all__ = ["KoalaM", "KoalaV"]
+
+Entries = dict[str, Tensor]  # the filter's scalars by name
+
+# ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
+    """h = g + lambda x, leaving ``p.grad`` alone."""
+    return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
+
+
+def _subtract(tensors: list[Tensor], directions: list[Tensor], steps: list[Tensor]) -> None:
+    """x -= step h, with step a 0-dim tensor; half precision is computed in float32 and rounded once."""
+    for x, h, step in zip(tensors, directions, steps, strict=True):
+        if x.dtype in HALF:
+            x.sub_(h.float() * step)
+        else:
+            x.addcmul_(h, step, value=-1)
+
+
+def _correct(
+    params: list[Tensor],
+    velocities: list[Tensor],
+    grads: list[Tensor],
+    weight_decay: float,
+    observed: Tensor,
+    steps: list[Tensor],
+    velocity_steps: list[Tensor],
+) -> None:
+    """x -= step h and p -= velocity step h, where there was an observation."""
+    # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
+    directions = [torch.where(observed, h, 0.0) for h in _decayed(params, grads, weight_decay)]
+    _subtract(params, directions, steps)
+    if velocities:
+        _subtract(velocities, directions, velocity_steps)
+
+
+@lru_cache(maxsize=1)
+def _compiled_correct() -> Callable[..., None]:
+    """:func:`_correct` as one compiled pass; the plain one, with a warning, where nothing can compile."""
+    compiled = torch.compile(_correct)
+    try:
+        zero = torch.tensor(0.0)
+        compiled([torch.ones(2)], [], [torch.ones(2)], 0.0, torch.tensor(True), [zero], [])
+    except Exception as error:
+        warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=2)
+        return _correct
+    return compiled
+
+
+# ---- the optimizers ----------------------------------------------------------------------------------------------
+
+
+class _Blocks(NamedTuple):
+    """What one param group observed; one entry per tensor that has a gradient."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    raw: Tensor  # |g_i|^2
+    decayed: Tensor  # |h_i|^2
+    decay_loss: Tensor  # lambda / 2 |x_i|^2
+
+
+class _Koala(LossFilter):
+    """What KOALA-V and KOALA-M share: noise estimates, layer-wise gains, skip rule."""
+
+    has_velocity: bool
+
+    def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
+        for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
+            check_number(name, options[name])
+        check_number("noise_decay", options["noise_decay"], high=1.0)
+        if options["process_noise"] is not None:
+            check_number("process_noise", options["process_noise"])
+        if options["measurement_noise"] is not None:
+            check_number("measurement_noise", options["measurement_noise"], open_low=True)
+        check_choice("target_risk", options["target_risk"], ("relative", "absolute"))
+        check_choice("blocks", options["blocks"], ("tensor", "global"))
+        check_choice("formulas", options["formulas"], ("paper", "released"))
+        check_flag("foreach", options["foreach"])
+        check_flag("fused", options["fused"])
+        q, R = options["process_noise"], options["measurement_noise"]
+        adaptive_q = 0.01 if options["formulas"] == "released" else 0.0  # K.10 row 1 starts its average at 0.01
+        initial = {
+            "variance": options["initial_variance"],
+            "covariance": options.get("initial_covariance", 0.0),
+            "velocity_variance": options.get("initial_velocity_variance", 0.0),
+            "process_noise": adaptive_q if q is None else q,
+            "measurement_noise": options["initial_measurement_noise"] if R is None else R,
+            "skipped_steps": 0.0,
+        }
+        self._process_group = process_group
+        super().__init__(params, options, initial)
+
+    _process_group: Any = None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options that all groups share."""
+        return self.param_groups[0]
+
+    @property
+    def _released(self) -> bool:
+        return bool(self._options["formulas"] == "released")
+
+    def _entries(self) -> Entries:
+        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
+
+    def _initialise(self) -> None:
+        start = torch.zeros_like if self._released else torch.clone  # x_avg: K.10 row 2, reading K-2
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.has_velocity and "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                if self._options["process_noise"] is None and "average" not in self.state[p]:
+                    self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
+
+    # -- time update -----------------------------------------------------------------------------------------------
+
+    def _predict(self) -> None:
+        entries = self._entries()
+        if self._options["process_noise"] is None:
+            entries["process_noise"] = self._process_noise(entries["process_noise"])
+        params = [p for group in self.param_groups for p in group["params"]]
+        if self.has_velocity:
+            for bucket in self._buckets(params):
+                velocities = [self.state[p]["velocity"] for p in bucket]
+                torch._foreach_add_(bucket, velocities)
+                torch._foreach_mul_(velocities, self._options["momentum"])
+        entries |= self._predict_covariance(entries)
+        self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
+
+    def _predict_covariance(self, entries: Entries) -> Entries:
+        raise NotImplementedError
+
+    def _process_noise(self, q: Tensor) -> Tensor:
+        """q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (K.10 row 1)."""
+        beta = self._options["noise_decay"]
+        params = [p for group in self.param_groups for p in group["params"]]
+        drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
+        for bucket in self._buckets(params):
+            averages = [self.state[p]["average"] for p in bucket]
+            if not self._released:
+                torch._foreach_lerp_(averages, bucket, 1 - beta)
+            for squared in squared_norms(torch._foreach_sub(bucket, averages)):
+                drift += squared.to(drift.device)
+        n = sum(p.numel() for p in params)
+        estimate: Tensor = drift / n
+        return kalman.running_average(q, drift.sqrt() / n, beta) if self._released else estimate
+
+    # -- measurement update ----------------------------------------------------------------------------------------
+
+    def _update(self, losses: Tensor) -> Tensor:
+        options, entries = self._options, self._entries()
+        groups = [blocks for group in self.param_groups if (blocks := self._observe_group(group)).params]
+        if not groups:  # no gradient anywhere: nothing was observed
+            entries["skipped_steps"].add_(1)
+            return losses[0] / losses[2]
+        sizes = [len(blocks.params) for blocks in groups]
+        losses, raw, squared = self._reduced(
+            losses, torch.cat([b.raw for b in groups]), torch.cat([b.decayed for b in groups])
+        )
+        mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
+
+        # Skip rule: the paper leaves out the whole step, the released code single tensors (K.10 row 8).
+        finite = torch.isfinite(mean_square) & torch.isfinite(raw.sum())
+        seen = raw if self._released else raw.sum().expand_as(raw)
+        usable = (seen.sqrt() >= options["min_grad_norm"]) & finite
+
+        R = entries["measurement_noise"]
+        if options["measurement_noise"] is None:  # (22) against target 0, used in the same step (K.10 rows 4, 5)
+            R = kalman.running_average(R, mean_square, options["noise_decay"])
+
+        squared = squared.masked_fill(~usable, 0.0)
+        decay_loss = torch.cat([b.decay_loss for b in groups])
+        if options["blocks"] == "global":
+            squared = squared.sum().expand_as(squared)
+            decay_loss = decay_loss.masked_fill(~usable, 0.0).sum().expand_as(squared)
+        residual = mean + decay_loss if options["target_risk"] == "relative" else torch.ones_like(squared)
+        S = kalman.innovation_variance(entries["variance"], squared, R)
+        step = torch.where(usable & (S > 0), residual / S, 0.0)  # e / S at lr = 1
+        for blocks, part, mask in zip(groups, torch.split(step, sizes), torch.split(usable, sizes), strict=True):
+            self._correct_group(blocks, entries, part * blocks.group["lr"], mask)
+
+        # (25): one covariance for all blocks, conditioned on the largest, since t -> t / (A t + R) increases.
+        posterior = entries | self._condition_covariance(entries, squared.max(), R) | {"measurement_noise": R}
+        missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
+        new, old = (torch.stack([e[name] for name in self.filter_entries]) for e in (posterior, missing))
+        self._filter().copy_(torch.where(usable.any(), new, old))
+        return mean
+
+    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
+        raise NotImplementedError
+
+    def _observe_group(self, group: dict[str, Any]) -> _Blocks:
+        """Norms of the group's gradients; nothing is changed."""
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+                    "use a dense gradient, e.g. Embedding(sparse=False)"
+                )
+        weight_decay, device = group["weight_decay"], self._filter().device
+        ordered: list[Tensor] = []
+        raw: list[Tensor] = []
+        decayed: list[Tensor] = []
+        weights: list[Tensor] = []
+        for bucket in self._buckets(params):
+            ordered += bucket
+            grads = _gradients(bucket)
+            raw += squared_norms(grads)
+            if weight_decay:
+                decayed += squared_norms(_decayed(bucket, grads, weight_decay))
+                weights += squared_norms(bucket)
+        g2, h2, x2 = (
+            torch.stack([n.to(device) for n in norms]) if norms else torch.zeros(len(raw), device=device)
+            for norms in (raw, decayed or raw, weights)
+        )
+        return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
+
+    def _reduced(self, losses: Tensor, raw: Tensor, squared: Tensor) -> tuple[Tensor, ...]:
+        """Sum of the losses and mean of the norms over the process group, in one collective."""
+        if self._process_group is None:
+            return losses, raw, squared
+        ranks = dist.get_world_size(self._process_group)
+        together = torch.cat([losses, raw / ranks, squared / ranks])
+        dist.all_reduce(together, group=self._process_group)
+        return tuple(torch.split(together, [len(losses), len(raw), len(squared)]))
+
+    def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
+        """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""
+        # The released KOALA-V moves along the gradient without weight decay (K.10 row 9).
+        plain = self._released and not self.has_velocity
+        weight_decay = 0.0 if plain else blocks.group["weight_decay"]
+        correct = _compiled_correct() if self._options["fused"] else _correct
+        steps = iter((entries["variance"] * step).unbind())
+        velocity_steps = iter((entries["covariance"] * step).unbind() if self.has_velocity else ())
+        for params in self._buckets(blocks.params):
+            device = params[0].device
+            velocities = [self.state[p]["velocity"] for p in params] if self.has_velocity else []
+            correct(
+                params,
+                velocities,
+                _gradients(params),
+                weight_decay,
+                usable.any().to(device),
+                [next(steps).to(device) for _ in params],
+                [next(velocity_steps).to(device) for _ in velocities],
+            )
+        if self._released and self._options["process_noise"] is None:
+            # x_avg after the update, for tensors with a usable gradient only (K.10 row 2)
+            weights = (1 - self._options["noise_decay"]) * usable
+            for p, weight in zip(blocks.params, weights.unbind(), strict=True):
+                average = self.state[p]["average"]
+                average.lerp_(p, weight.to(device=p.device, dtype=p.dtype))
+
+
+class KoalaV(_Koala):
+    r"""KOALA-V, the vanilla filter: weights that drift at random (Algorithm 1).
+
+    .. math::
+        \hat P &= P + Q, \qquad S_i = \hat P |g_i|^2 + R, \\
+        x_i &\leftarrow x_i - \frac{\hat P e_i}{S_i} g_i, \qquad
+        P = \hat P - \max_i \frac{|g_i|^2}{S_i} \hat P^2
+
+    for blocks i (eqs. 12, 13, 25), with R averaged as in eq. 22. Loss and gradient are evaluated after the prediction,
+    see :meth:`step`. The scalars P, Q, R are shared by all param groups; ``lr`` and ``weight_decay`` are per group.
+
+    Args:
+        params: real floating-point tensors or param groups.
+        lr: epsilon_k, the share of the loss to remove in a step (``target_risk="relative"``, eq. 28) or the amount
+            (``"absolute"``, eq. 27). Schedulers act on it.
+        initial_variance: P_0 = sigma_0^2.
+        process_noise: Q, a fixed variance; ``None`` estimates it from the drift of the weights (eqs. 23, 24).
+        measurement_noise: R, a fixed variance in squared units of the loss; ``None`` averages the squared losses (22).
+        initial_measurement_noise: R_0 of that average.
+        noise_decay: beta_R and beta_x, the coefficient of the averages.
+        target_risk: ``"relative"``: e_i = lr (L + lambda/2 |x_i|^2). ``"absolute"``: e_i = lr.
+        blocks: ``"tensor"`` treats every parameter tensor as a layer (25); ``"global"`` is Algorithm 1 as printed.
+        weight_decay: lambda of an L2 term inside the loss and the gradient.
+        min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
+        formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
+        process_group: where given, losses and norms are reduced over it, so that all replicas keep one filter.
+        foreach: lists of tensors at once (more memory, fewer launches); ``None``: on CUDA only.
+        fused: ``True`` compiles the update; ``None`` never does.
+
+    Raises:
+        ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Differs from the authors' code unless ``formulas="released"``: there the step follows the gradient without weight
+    decay, although S uses it. Extra memory: none with a fixed process noise, one tensor per parameter without.
+
+    Example, the loss x^2 / 2 at x = 2 (loss 2, gradient 2): P^ = 0.1 + 1, S = 1.1 * 4 + 1, x = 2 - 1.1 * 2 / 5.4 * 2.
+
+    >>> x = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> optimizer = KoalaV([x], measurement_noise=1.0)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (x**2 / 2).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> optimizer.step(closure)
+    tensor(2.)
+    >>> x.data
+    tensor([1.1852])
+    >>> round(optimizer.filter_state()["variance"], 4)  # R / S P^
+    0.2037
+    """
+
+    has_velocity = False
+    filter_entries = ("variance", "process_noise", "measurement_noise", "skipped_steps")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        initial_variance: float = 0.1,
+        process_noise: float | None = 1.0,
+        measurement_noise: float | None = None,
+        initial_measurement_noise: float = 1.0,
+        noise_decay: float = 0.9,
+        target_risk: str = "relative",
+        blocks: str = "tensor",
+        weight_decay: float = 0.0,
+        min_grad_norm: float = 1e-9,
+        formulas: str = "paper",
+        process_group: Any = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")}
+        if formulas == "released" and process_noise is None:
+            raise ValueError(
+                "process_noise=None needs formulas='paper': the released KOALA-V has a fixed process noise only"
+            )
+        super().__init__(params, options, process_group)
+
+    def _predict_covariance(self, entries: Entries) -> Entries:
+        return {"variance": kalman.predict_position(entries["variance"], entries["process_noise"])}
+
+    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
+        return {"variance": kalman.condition_position(entries["variance"], squared_norm, R)}
+
+
+class KoalaM(_Koala):
+    r"""KOALA-M: weights that move with a velocity (eqs. 16-21).
+
+    Predict: :math:`\hat x = x + p,\ \hat p = \kappa p`, and :math:`\hat P = F P F^\top + Q`. Condition, for blocks i:
+
+    .. math::
+        S_i = \hat A |g_i|^2 + R, \qquad
+        x_i = \hat x_i - \frac{\hat A e_i}{S_i} g_i, \qquad p_i = \hat p_i - \frac{\hat C e_i}{S_i} g_i
+
+    with the covariance [[A, C], [C, B]] updated as in :func:`koala_lib.kalman.condition_momentum` for the block with
+    the largest gradient (25). **The gradient is taken at the predicted weights**, see :meth:`step`; after ``step`` the
+    weights are the posterior, so evaluation needs no mode.
+
+    Args:
+        momentum: kappa, the decay of the velocities, in [0, 1).
+        initial_variance: A_0 = sigma_{x,0}^2.
+        initial_velocity_variance: B_0 = sigma_{p,0}^2.
+        initial_covariance: C_0 = sigma_{c,0}^2, with C_0^2 <= A_0 B_0.
+        process_noise: q_x^2; ``None`` estimates it from the drift of the weights (eqs. 23, 24).
+        velocity_noise: q_p^2; the paper gives no value, 0.01 is the released code's.
+
+    The other arguments are those of :class:`KoalaV`. Extra memory: the velocity, and the average of the weights where
+    the process noise is estimated. With ``initial_velocity_variance = initial_covariance = velocity_noise = 0`` it is
+    KOALA-V.
+
+    Raises:
+        ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Differs from the authors' code unless ``formulas="released"``: there q_x^2 is a smoothed norm / n instead of (24),
+    and the average starts at zero and follows the update instead of preceding it.
+
+    Example: the first step is KOALA-V's with P^ = A_0 + B_0 + q_x^2 = 0.2 + 0; p gets kappa B_0 / P^ of it.
+
+    >>> x = torch.nn.Parameter(torch.tensor([2.0]))
+    >>> optimizer = KoalaM([x], measurement_noise=1.0)
+    >>> optimizer.predict()
+    >>> loss = (x**2 / 2).sum()
+    >>> loss.backward()
+    >>> optimizer.step(loss=loss)
+    tensor(2.)
+    >>> x.data, optimizer.state[x]["velocity"]
+    (tensor([1.5556]), tensor([-0.2000]))
+    """
+
+    has_velocity = True
+    filter_entries = (
+        "variance",
+        "covariance",
+        "velocity_variance",
+        "process_noise",
+        "measurement_noise",
+        "skipped_steps",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        *,
+        momentum: float = 0.9,
+        initial_variance: float = 0.1,
+        initial_velocity_variance: float = 0.1,
+        initial_covariance: float = 0.0,
+        process_noise: float | None = None,
+        velocity_noise: float = 0.01,
+        measurement_noise: float | None = None,
+        initial_measurement_noise: float = 1.0,
+        noise_decay: float = 0.9,
+        target_risk: str = "relative",
+        blocks: str = "tensor",
+        weight_decay: float = 0.0,
+        min_grad_norm: float = 1e-9,
+        formulas: str = "paper",
+        process_group: Any = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")}
+        check_number("momentum", momentum, high=1.0)
+        check_number("initial_velocity_variance", initial_velocity_variance)
+        check_number("velocity_noise", velocity_noise)
+        check_number("initial_covariance", initial_covariance, low=-float("inf"))
+        if initial_covariance**2 > initial_variance * initial_velocity_variance:
+            raise ValueError(
+                f"initial_covariance={initial_covariance} is impossible: its square must not exceed "
+                f"initial_variance * initial_velocity_variance = {initial_variance * initial_velocity_variance:g}"
+            )
+        super().__init__(params, options, process_group)
+
+    def _predict_covariance(self, entries: Entries) -> Entries:
+        P = kalman.MomentumCovariance(*(entries[name] for name in kalman.MomentumCovariance._fields))
+        options = self._options
+        P = kalman.predict_momentum(P, options["momentum"], entries["process_noise"], options["velocity_noise"])
+        return P._asdict()
+
+    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
+        P = kalman.MomentumCovariance(*(entries[name] for name in kalman.MomentumCovariance._fields))
+        return kalman.condition_momentum(P, squared_norm, R)._asdict()

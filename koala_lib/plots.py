@@ -1,0 +1,196 @@
+"""One look for every figure: a colour per method, every seed visible, files that come out the same twice."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy import stats
+
+DPI = 100  # inline pictures stay readable and small
+
+# Colour-blind safe; one method keeps one colour in all figures of all papers.
+_SAFE = list(sns.color_palette("colorblind").as_hex())
+PALETTE: dict[str, str] = {
+    "koala_m": _SAFE[0],
+    "koala_v": _SAFE[9],
+    "koala_plus_plus": _SAFE[4],
+    "meka": _SAFE[2],
+    "apollo": _SAFE[3],
+    "sgd": _SAFE[7],
+    "adam": _SAFE[1],
+    "adamw": _SAFE[5],
+    "adabelief": _SAFE[8],
+    "lookahead": _SAFE[6],
+    "paper": "#000000",
+}
+LABELS = {
+    "koala_m": "KOALA-M",
+    "koala_v": "KOALA-V",
+    "koala_plus_plus": "KOALA++",
+    "meka": "MEKA",
+    "apollo": "APOLLO",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adabelief": "AdaBelief",
+    "lookahead": "Lookahead",
+    "paper": "paper",
+}
+
+
+def style() -> None:
+    """Set the project's matplotlib style for this process."""
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        rc={
+            "figure.dpi": DPI,
+            "figure.figsize": (6.0, 3.6),
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "koala",
+        },
+    )
+
+
+def colour(method: str) -> str:
+    """Colour of a method; one without an entry gets the same spare colour everywhere."""
+    spare = sns.color_palette("tab20").as_hex()
+    return str(PALETTE.get(method, spare[zlib.crc32(method.encode()) % len(spare)]))
+
+
+def label(method: str) -> str:
+    """Name of a method as the papers print it."""
+    return LABELS.get(method, method)
+
+
+def interval(values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of its t-interval.
+
+    Args:
+        values: One value a seed; NaN marks a failed run and is left out.
+        level: Coverage.
+
+    Returns:
+        Mean and half-width, both in the unit of the values; the half-width is NaN for fewer than two values.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if finite.size < 2:
+        return (float(finite.mean()) if finite.size else float("nan")), float("nan")
+    factor = stats.t.ppf(0.5 + level / 2, finite.size - 1)
+    return float(finite.mean()), float(factor * finite.std(ddof=1) / np.sqrt(finite.size))
+
+
+def seeds(
+    data: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    order: Sequence[Any] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Every seed as a point, beside it the mean and its 95 % t-interval.
+
+    Args:
+        data: Tidy results, one row a run.
+        x: Column of the categories.
+        y: Column of the metric.
+        hue: Column of the methods; without it the categories are the methods.
+        order: Categories from left to right; default is the order of the data.
+        ax: Where to draw; default is a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots()[1]
+    categories = list(order) if order is not None else list(dict.fromkeys(data[x]))
+    methods = list(dict.fromkeys(data[hue])) if hue else [None]
+    width = 0.8 / len(methods)
+    for m, method in enumerate(methods):
+        for c, category in enumerate(categories):
+            rows = data[(data[x] == category) & ((data[hue] == method) if hue else True)]
+            values = rows[y].to_numpy(dtype=float)
+            centre = c + (m - (len(methods) - 1) / 2) * width
+            shade = colour(str(method if hue else category))
+            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.06 * width
+            ax.plot(centre - 0.15 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
+            mean, half = interval(values)
+            name = label(str(method)) if hue and c == 0 else None
+            ax.errorbar(centre + 0.2 * width, mean, half, fmt="_", ms=10, capsize=3, label=name, color=shade)
+    ax.set_xticks(range(len(categories)), [label(str(c)) for c in categories])
+    ax.set(xlim=(-0.5, len(categories) - 0.5), ylabel=y)
+    if hue:
+        ax.legend()
+    return ax
+
+
+def curves(data: pd.DataFrame, *, y: str, x: str = "epoch", hue: str, ax: Axes | None = None) -> Axes:
+    """Learning curves: every seed thin, the mean over seeds thick.
+
+    Args:
+        data: Tidy curves, one row a run, epoch and metric; needs a column ``seed``.
+        y: Column of the metric.
+        x: Column of the time axis.
+        hue: Column of the methods.
+        ax: Where to draw; default is a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots()[1]
+    for method, rows in data.groupby(hue, sort=False):
+        shade = colour(str(method))
+        for _, one in rows.groupby("seed"):
+            ax.plot(one[x], one[y], lw=0.8, alpha=0.35, color=shade)
+        mean = rows.groupby(x)[y].mean()
+        ax.plot(mean.index, mean.to_numpy(), lw=2, label=label(str(method)), color=shade)
+    ax.set(xlabel=x, ylabel=y)
+    ax.legend()
+    return ax
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    packages = ("koala-lib", "torch", "numpy", "matplotlib")
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
+
+
+def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
+    """Write a figure as PNG and PDF with a JSON sidecar, then close it.
+
+    The files carry neither date nor software version: the same figure gives the same bytes.
+
+    Args:
+        fig: The figure.
+        stem: Path without suffix; missing folders are made.
+        origin: Where the figure comes from (runs, parameters, versions), JSON-able.
+
+    Returns:
+        The PNG file.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, pdf = stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.pdf"
+    with mpl.rc_context({"savefig.bbox": "tight"}):
+        fig.savefig(png, dpi=DPI, metadata={"Software": None})
+        fig.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    plt.close(fig)
+    sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
+    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    return png

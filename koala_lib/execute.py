@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import papermill
+import papermill  # type: ignore[import-untyped]
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode, from_dict
-from papermill.exceptions import PapermillExecutionError
+from papermill.exceptions import PapermillExecutionError  # type: ignore[import-untyped]
 
 from koala_lib import nb
 from koala_lib.parameters import from_text, resolve
-
 
 _METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -35,7 +34,8 @@ class _OwnKernelSpec(KernelSpecManager):
     """Only the interpreter that runs this; an installed "python3" may belong to another environment."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+        quiet = get_kernel_dict(extra_arguments=["--log-level=ERROR"])
+        return KernelSpec(resource_dir=RESOURCES, **quiet)
 
 
 class _OwnKernel(AsyncKernelManager):
@@ -56,11 +56,11 @@ def normal_form(notebook: NotebookNode) -> NotebookNode:
         The notebook.
     """
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = from_dict(_METADATA)
+    notebook.metadata = from_dict(_METADATA)  # type: ignore[no-untyped-call]
     count = 0
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = from_dict({"tags": tags} if tags else {})
+        cell.metadata = from_dict({"tags": tags} if tags else {})  # type: ignore[no-untyped-call]
         if cell.cell_type != "code":
             continue
         cell.outputs = _tidy(cell.outputs)
@@ -139,6 +139,7 @@ def execute(path: Path, output: Path, values: Mapping[str, Any]) -> None:
                 kernel_name="python3",
                 language="python",
                 kernel_manager_class=_OwnKernel,
+                shutdown_kernel="immediate",
                 progress_bar=sys.stderr.isatty(),
             )
             break
@@ -168,7 +169,7 @@ def to_html(notebook: Path) -> Path:
     """
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(template_name="lab", require_js_url="")
+    exporter = HTMLExporter(template_name="lab", require_js_url="")  # type: ignore[no-untyped-call]
     body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": notebook.stem}})
     page = notebook.with_suffix(".html")
     page.write_text(body, encoding="utf-8")

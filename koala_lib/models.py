@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from functools import partial
-from typing import Final
+from typing import ClassVar, Final
 
 from torch import Tensor, nn
 
@@ -26,9 +26,7 @@ class _Block(nn.Module):
         super().__init__()
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                _conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
-            )
+            self.downsample = nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
     def residual(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -54,16 +52,13 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride, as in torchvision.
-
-    ``width_per_group`` is the width of the 3x3 convolution per 64 channels of ``width``: 128 gives the wide networks
-    (Zagoruyko & Komodakis, BMVC 2016).
-    """
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 has the stride, as in torchvision."""
 
     expansion: Final = 4
+    widening: ClassVar[int] = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, *, width_per_group: int = 64) -> None:
-        inner, outer = width * width_per_group // 64, width * self.expansion
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        inner, outer = width * self.widening, width * self.expansion
         super().__init__(in_channels, outer, stride)
         self.conv1, self.bn1 = _conv(in_channels, inner, 1), nn.BatchNorm2d(inner)
         self.conv2, self.bn2 = _conv(inner, inner, 3, stride), nn.BatchNorm2d(inner)
@@ -75,26 +70,30 @@ class Bottleneck(_Block):
         return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
 
 
+class WideBottleneck(Bottleneck):
+    """Bottleneck with twice the inner width (Zagoruyko & Komodakis, BMVC 2016; torchvision's width_per_group=128)."""
+
+    widening: ClassVar[int] = 2
+
+
 class ResNet(nn.Sequential):
     """Residual network for small images: ``(B, in_channels, H, W)`` to logits ``(B, num_classes)``.
 
     Parameters
     ----------
     block
-        :class:`BasicBlock` or :class:`Bottleneck`.
+        :class:`BasicBlock`, :class:`Bottleneck` or :class:`WideBottleneck`.
     depths, widths
         Number of blocks and width of every stage; each stage but the first halves height and width.
     num_classes, in_channels
         Number of classes and of input channels.
     stem_stride
         Stride of the 3x3 stem.
-    width_per_group
-        See :class:`Bottleneck`, which alone takes it.
 
     Notes
     -----
     Convolutions start Kaiming-normal with ``fan_out``, BatchNorm at 1 and 0, the linear layer at torch's default, as
-    in torchvision and section K.10 of the papers' code. All of it is drawn from torch's default generator.
+    in torchvision and in the released code of KOALA. All of it is drawn from torch's default generator.
     """
 
     def __init__(
@@ -106,9 +105,7 @@ class ResNet(nn.Sequential):
         num_classes: int,
         in_channels: int,
         stem_stride: int = 1,
-        width_per_group: int | None = None,
     ) -> None:
-        make = block if width_per_group is None else partial(block, width_per_group=width_per_group)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["conv1"] = _conv(in_channels, widths[0], 3, stem_stride)
         layers["bn1"] = nn.BatchNorm2d(widths[0])
@@ -117,7 +114,7 @@ class ResNet(nn.Sequential):
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             blocks: list[nn.Module] = []
             for i in range(depth):
-                blocks.append(make(channels, width, 2 if stage > 1 and i == 0 else 1))
+                blocks.append(block(channels, width, 2 if stage > 1 and i == 0 else 1))
                 channels = width * block.expansion
             layers[f"layer{stage}"] = nn.Sequential(*blocks)
         layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
@@ -129,12 +126,11 @@ class ResNet(nn.Sequential):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-_RESNET50 = partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512))
 MODELS: Final = {
     "resnet8": partial(ResNet, BasicBlock, (1, 1, 1), (8, 16, 32)),
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "resnet50": _RESNET50,
-    "wide_resnet50_2": partial(_RESNET50, width_per_group=128),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "wide_resnet50_2": partial(ResNet, WideBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
 }
 
 

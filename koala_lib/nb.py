@@ -10,7 +10,7 @@ import ast
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,17 +199,16 @@ class Notebook:
         """Results of a grid, in its order; what the store does not have is trained now."""
         from koala_lib.runs import run_all
 
-        device = self.params.get("device", "cpu")
-        results = run_all(grid, store=self.store, device=device, progress=_interactive())
+        results = run_all(grid, store=self.store, device=self.params["device"], progress=_progress())
         failed = sum(r.status == "failed" for r in results)
         print(f"{len(results)} runs: {len(results) - failed} done, {failed} failed")
         return results
 
     def stored(self, preset: str) -> list[RunResult]:
         """The committed results of a larger preset, empty where there are none yet."""
-        from koala_lib.runs import read_results
+        from koala_lib.runs import read_results, results_file
 
-        return read_results(self.name, preset)
+        return read_results(results_file(preset, self.name))
 
     def figure(self, fig: Figure, name: str, runs: Sequence[RunResult] = ()) -> None:
         """Show a figure and save it as PNG, PDF and JSON sidecar.
@@ -244,12 +243,19 @@ class Notebook:
         """Print the verdicts given so far and write them to ``report/verdicts/<name>.json``."""
         from koala_lib import claims
 
-        file = paths.report_dir() / "verdicts" / f"{self.name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        claims.save(self._verdicts, file)
-        print(claims.table(self._verdicts).to_string(index=False))
+        claims.save(self._verdicts, self.name)
+        print(claims.table(self._verdicts).to_string())
 
 
-def _interactive() -> bool:
-    """Whether a person watches: batch runs and nbval set KOALA_BATCH, so that outputs stay the same."""
-    return not os.environ.get("KOALA_BATCH")
+def _progress() -> Callable[[int, int, RunConfig], None] | None:
+    """A line that shows the run at work, for a person who watches; batch runs and nbval set KOALA_BATCH."""
+    if os.environ.get("KOALA_BATCH"):
+        return None
+    from IPython.display import display
+
+    line = display({"text/plain": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+
+    def show(ready: int, total: int, config: RunConfig) -> None:
+        line.update({"text/plain": f"run {ready + 1}/{total}: {config.label}"}, raw=True)
+
+    return show

@@ -14,10 +14,10 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
+import seaborn as sns  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 DPI = 100  # inline pictures stay readable and small
 
@@ -129,25 +129,24 @@ def seeds(
             values = rows[y].to_numpy(dtype=float)
             centre = c + (m - (len(methods) - 1) / 2) * width
             shade = colour(str(method if hue else category))
-            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.06 * width
-            ax.plot(centre - 0.15 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
+            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * min(0.03, 0.2 / len(values)) * width
+            ax.plot(centre - 0.1 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
             mean, half = interval(values)
             name = label(str(method)) if hue and c == 0 else None
-            ax.errorbar(centre + 0.2 * width, mean, half, fmt="_", ms=10, capsize=3, label=name, color=shade)
+            ax.errorbar(centre + 0.1 * width, mean, half, fmt="_", ms=10, lw=2, capsize=4, label=name, color=shade)
     ax.set_xticks(range(len(categories)), [label(str(c)) for c in categories])
-    ax.set(xlim=(-0.5, len(categories) - 0.5), ylabel=y)
+    ax.set(xlim=(-0.5, len(categories) - 0.5), ylabel=y.replace("_", " "))
     if hue:
         ax.legend()
     return ax
 
 
-def curves(data: pd.DataFrame, *, y: str, x: str = "epoch", hue: str, ax: Axes | None = None) -> Axes:
-    """Learning curves: every seed thin, the mean over seeds thick.
+def curves(data: pd.DataFrame, *, metric: str, hue: str = "optimizer", ax: Axes | None = None) -> Axes:
+    """Learning curves: every run thin, the mean over seeds thick.
 
     Args:
-        data: Tidy curves, one row a run, epoch and metric; needs a column ``seed``.
-        y: Column of the metric.
-        x: Column of the time axis.
+        data: What `koala_lib.runs.curves` returns: one row per run, epoch and metric.
+        metric: The one to draw.
         hue: Column of the methods.
         ax: Where to draw; default is a new figure.
 
@@ -155,13 +154,13 @@ def curves(data: pd.DataFrame, *, y: str, x: str = "epoch", hue: str, ax: Axes |
         The axes.
     """
     ax = ax or plt.subplots()[1]
-    for method, rows in data.groupby(hue, sort=False):
+    for method, rows in data[data["metric"] == metric].groupby(hue, sort=False):
         shade = colour(str(method))
-        for _, one in rows.groupby("seed"):
-            ax.plot(one[x], one[y], lw=0.8, alpha=0.35, color=shade)
-        mean = rows.groupby(x)[y].mean()
+        for _, one in rows.groupby("key"):
+            ax.plot(one["epoch"], one["value"], lw=0.8, alpha=0.35, color=shade)
+        mean = rows.groupby("epoch")["value"].mean()
         ax.plot(mean.index, mean.to_numpy(), lw=2, label=label(str(method)), color=shade)
-    ax.set(xlabel=x, ylabel=y)
+    ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
     ax.legend()
     return ax
 

@@ -134,7 +134,8 @@ def assert_equal_runs(
             )
         state = fast.filter_state()
         assert all(type(value) is float for value in state.values())
-        assert state == pytest.approx(symbols(slow), rel=1e-10, abs=0), where
+        # abs: the first process noise is 0, in the literal formula of the twin up to rounding.
+        assert state == pytest.approx(symbols(slow), rel=1e-10, abs=1e-25), where
         assert int(fast.skipped_steps) == slow.skipped_steps, where
         if form == "closure":
             torch.testing.assert_close(returned, losses.mean(), rtol=1e-10, atol=0, equal_nan=True)
@@ -166,7 +167,7 @@ RUNS = [
 
 def name(value: Any) -> str | None:
     if isinstance(value, dict):
-        return "-".join(str(v) for v in value.values())
+        return "-".join(f"{k}={v}" for k, v in value.items())
     return value.__name__ if isinstance(value, type) else None
 
 
@@ -207,7 +208,7 @@ NUMBERS_M = [
 @pytest.mark.parametrize("groups", [two_groups, lambda tensors: [{"params": tensors}]], ids=["two", "one"])
 @pytest.mark.parametrize("formulas", ["paper", "released"])
 @pytest.mark.parametrize(
-    ("cls", "options"), [*((KoalaV, o) for o in NUMBERS), *((KoalaM, o) for o in NUMBERS_M)], ids=str
+    ("cls", "options"), [*((KoalaV, o) for o in NUMBERS), *((KoalaM, o) for o in NUMBERS_M)], ids=name
 )
 def test_numbers(cls: type, options: dict[str, Any], formulas: str, groups: Callable[..., Any]) -> None:
     for foreach in (False, True):

@@ -104,9 +104,7 @@ def test_two_blocks_by_hand() -> None:
 
 def test_paper_noise_estimates_by_hand() -> None:
     # β = 1/2, P = 1, R = 1; x = 2 and three zeros that never get a gradient, so n = 4.
-    twin = ReferenceKoalaV(
-        [group(2.0, [0.0, 0.0, 0.0])], initial_variance=1.0, process_noise=None, noise_decay=0.5
-    )
+    twin = ReferenceKoalaV([group(2.0, [0.0, 0.0, 0.0])], initial_variance=1.0, process_noise=None, noise_decay=0.5)
     twin.predict()  # x_avg = x_0, so q = 0
     # losses (1, 3): L = 2, R = 1/2 + (1 + 9)/2/2 = 3; g = 3: S = 12, x = 2 - 2/12·3, P = 1 - 9/12
     twin.update(torch.tensor([1.0, 3.0], dtype=torch.float64), [*tensors(3.0), None])
@@ -231,9 +229,7 @@ def wavy(x: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("blocks", ["tensor", "global"])
 @pytest.mark.parametrize("shape", [[1], [2, 3, 4], [10]])
 @pytest.mark.parametrize("kind", ["V", "M"])
-def test_twin_is_the_dense_extended_kalman_filter(
-    kind: str, shape: list[int], blocks: str, target_risk: str
-) -> None:
+def test_twin_is_the_dense_extended_kalman_filter(kind: str, shape: list[int], blocks: str, target_risk: str) -> None:
     n, lr, q, q_p, kappa, R = sum(shape), 0.3, 0.05, 0.02, 0.8, 0.5
     start = torch.linspace(-1, 1, n, dtype=torch.float64) + 0.3
     params = {"params": [part.clone() for part in start.split(shape)]}
@@ -333,9 +329,7 @@ def test_with_large_measurement_noise_the_step_is_sgd() -> None:
 def test_koala_m_without_velocities_is_koala_v() -> None:
     common = {"initial_variance": 0.2, "process_noise": None, "weight_decay": 0.1}
     v = ReferenceKoalaV([group([0.3, -0.2], 0.7)], **common)
-    m = ReferenceKoalaM(
-        [group([0.3, -0.2], 0.7)], initial_velocity_variance=0.0, velocity_noise=0.0, **common
-    )
+    m = ReferenceKoalaM([group([0.3, -0.2], 0.7)], initial_velocity_variance=0.0, velocity_noise=0.0, **common)
     for _ in range(10):
         step(v, wavy)
         step(m, wavy)

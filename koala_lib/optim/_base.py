@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ HALF = (torch.float16, torch.bfloat16)
 
 def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
     """Raise unless ``value`` is a finite number with low <= value < high (low < value if ``open_low``)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not (low < value if open_low else low <= value) or not value < high:
+    number = float(value)
+    if not (low < number if open_low else low <= number) or not number < high:
         bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
 
@@ -34,8 +36,8 @@ def check_flag(name: str, value: object) -> None:
 def check_lr(lr: object) -> None:
     """A learning rate is a number or, for captured graphs, a 0-dim tensor."""
     if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr as a tensor must hold one element, got shape {tuple(lr.shape)}")
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"lr as a tensor must hold one real number, got {lr.dtype} of shape {tuple(lr.shape)}")
         lr = float(lr)
     check_number("lr", lr)
 
@@ -50,10 +52,11 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
-    if tensors[0].device.type == "cpu":
+    if tensors[0].device.type == "cpu" and not hasattr(tensors[0], "full_tensor"):
         return [_squared_norm_cpu(t, dtype) for t in tensors]
     norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
-    return [n.to(scalar_dtype(n.device)).square() for n in norms]
+    whole = (n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms)  # a DTensor's, over its mesh
+    return [n.to(scalar_dtype(n.device)).square() for n in whole]
 
 
 def _squared_norm_cpu(t: Tensor, dtype: torch.dtype, row: int = 1024) -> Tensor:
@@ -211,12 +214,18 @@ class LossFilter(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
+        for name in self.defaults:
+            if isinstance(group[name], Real) and not isinstance(group[name], bool):
+                group[name] = float(group[name])
         first = self.param_groups[0]
         group["predicted"] = first.get("predicted", False)
         if "filter" not in first:
             device = first["params"][0].device if first["params"] else torch.device("cpu")
             first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
         group["filter"] = first["filter"]
+        if group["predicted"]:
+            self._initialise()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
@@ -247,6 +256,7 @@ class LossFilter(torch.optim.Optimizer):
             )
         super().__setstate__(state)
         self._share_filter(saved.clone())
+        self._observed = None
 
     def _share_filter(self, values: Tensor) -> None:
         device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
@@ -268,13 +278,13 @@ class LossFilter(torch.optim.Optimizer):
             group["predicted"] = value
 
     def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Lists of parameters to treat at once: one device and dtype each; a single tensor without ``foreach``."""
+        """Lists of parameters to treat at once: one device, dtype and class; a single tensor without ``foreach``."""
         options = self.param_groups[0]
         on_gpu = bool(params) and params[0].device.type == "cuda"
         if not (options["fused"] or (on_gpu if options["foreach"] is None else options["foreach"])):
             yield from ([p] for p in params)
             return
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
         for p in params:
-            kinds.setdefault((p.device, p.dtype), []).append(p)
+            kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
         yield from kinds.values()

@@ -116,6 +116,8 @@ class _Koala(LossFilter):
             "measurement_noise": options["initial_measurement_noise"] if R is None else R,
             "skipped_steps": 0.0,
         }
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {process_group!r}")
         self._process_group = process_group
         super().__init__(params, options, initial)
 
@@ -205,7 +207,8 @@ class _Koala(LossFilter):
             decay_loss = decay_loss.masked_fill(~usable, 0.0).sum().expand_as(squared)
         residual = mean + decay_loss if options["target_risk"] == "relative" else torch.ones_like(squared)
         S = kalman.innovation_variance(entries["variance"], squared, R)
-        step = torch.where(usable & (S > 0), residual / S, 0.0)  # e / S at lr = 1
+        usable = usable & (S > 0)  # S = 0: neither the loss nor the weights are uncertain, so there is nothing to learn
+        step = torch.where(usable, residual / S, 0.0)  # e / S at lr = 1
         for blocks, part, mask in zip(groups, torch.split(step, sizes), torch.split(usable, sizes), strict=True):
             self._correct_group(blocks, entries, part * blocks.group["lr"], mask)
 
@@ -228,7 +231,7 @@ class _Koala(LossFilter):
                     f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
                     "use a dense gradient, e.g. Embedding(sparse=False)"
                 )
-        weight_decay, device = group["weight_decay"], self._filter().device
+        weight_decay, entries = group["weight_decay"], self._filter()
         ordered: list[Tensor] = []
         raw: list[Tensor] = []
         decayed: list[Tensor] = []
@@ -241,7 +244,7 @@ class _Koala(LossFilter):
                 decayed += squared_norms(_decayed(bucket, grads, weight_decay))
                 weights += squared_norms(bucket)
         g2, h2, x2 = (
-            torch.stack([n.to(device) for n in norms]) if norms else torch.zeros(len(raw), device=device)
+            torch.stack([n.to(entries.device) for n in norms]) if norms else entries.new_zeros(len(raw))
             for norms in (raw, decayed or raw, weights)
         )
         return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
@@ -277,7 +280,7 @@ class _Koala(LossFilter):
             )
         if self._released and self._options["process_noise"] is None:
             # x_avg after the update, for tensors with a usable gradient only (K.10 row 2)
-            weights = (1 - self._options["noise_decay"]) * usable
+            weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
             for p, weight in zip(blocks.params, weights.unbind(), strict=True):
                 average = self.state[p]["average"]
                 average.lerp_(p, weight.to(device=p.device, dtype=p.dtype))
@@ -449,9 +452,9 @@ class KoalaM(_Koala):
         fused: bool | None = None,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")}
+        for name in ("initial_variance", "initial_velocity_variance", "velocity_noise"):
+            check_number(name, options[name])
         check_number("momentum", momentum, high=1.0)
-        check_number("initial_velocity_variance", initial_velocity_variance)
-        check_number("velocity_noise", velocity_noise)
         check_number("initial_covariance", initial_covariance, low=-float("inf"))
         if initial_covariance**2 > initial_variance * initial_velocity_variance:
             raise ValueError(

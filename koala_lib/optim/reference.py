@@ -153,13 +153,6 @@ class _Koala:
         (epsilon,) = {float(group["lr"]) for group in self.groups}
         return (1 - epsilon) * self.L if self.target_risk == "relative" else self.L - epsilon
 
-    def _end_update(self, blocks: list[Block]) -> None:
-        """The released code averages the posterior x_k, only where there was a usable gradient."""
-        if self.formulas == "released" and self.x_avg is not None:
-            for tile in (tile for block in blocks for tile in block.tiles):
-                avg = self.x_avg[tile.index]
-                avg.copy_(self.beta * avg + (1 - self.beta) * tile.x)
-
 
 class ReferenceKoalaV(_Koala):
     """KOALA-V, Algorithm 1 (`blocks="global"`) and its layer-wise version (`blocks="tensor"`, eq. 25).
@@ -211,7 +204,6 @@ class ReferenceKoalaV(_Koala):
                 tile.x -= P * (tile.epsilon * block.e) / S * direction
         self.eta = max(block.h2 / S for block, S in zip(blocks, self.S, strict=True))
         self.P = P - self.eta * P**2
-        self._end_update(blocks)
 
 
 class ReferenceKoalaM(_Koala):
@@ -263,4 +255,8 @@ class ReferenceKoalaM(_Koala):
         self.A = A - eta * A**2
         self.C = C - eta * A * C
         self.B = B - eta * C**2
-        self._end_update(blocks)
+        if self.formulas == "released" and self.x_avg is not None:
+            # The released code averages the posterior x_k, and only where there was a usable gradient.
+            for tile in (tile for block in blocks for tile in block.tiles):
+                avg = self.x_avg[tile.index]
+                avg.copy_(self.beta * avg + (1 - self.beta) * tile.x)

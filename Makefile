@@ -1,0 +1,46 @@
+# Thin on purpose: the work is done by pip, snakemake, pytest and the command `koala`.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+PY := .venv/bin/python
+KOALA := $(PY) -m koala_lib.cli
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab bench figures clean FORCE
+
+help: ## print this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv; CPU only: make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+$(STAMP): pyproject.toml $(if $(filter command environment,$(origin TORCH)),FORCE) # a TORCH given by hand is installed again
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
+	$(PY) -m pip install -e '.[all]'
+	touch $@
+
+reproduce: setup ## execute all notebooks at the quick preset and build report/index.html
+	$(PY) -m snakemake --cores $(JOBS) --keep-going --quiet host reason
+
+test: setup ## lint, type check, unit tests, and every notebook against its stored outputs
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n $(JOBS) --dist loadscope notebooks
+
+lab: setup ## open JupyterLab on the notebooks
+	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab
+
+bench: setup ## time and memory of a step of each optimizer
+	$(KOALA) bench
+
+figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
+	find notebooks -name '*.ipynb' -not -path '*/.*' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
+	  xargs -0 -n 1 -P $(JOBS) $(KOALA) notebook --in-place
+	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --readme
+
+clean: ## remove the report and all caches; keeps .venv, downloads and runs
+	rm -rf report .snakemake .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,109 @@
+"""Runs, then notebooks, then the report.
+
+    snakemake --cores                             quick: the notebooks train what they need
+    snakemake --cores --config preset=desktop     each run is a job (also preset=paper, device=cuda)
+"""
+
+import hashlib
+import os
+import shlex
+import sys
+
+from koala_lib import nb, paths
+from koala_lib.cli import FAILED, plan
+from koala_lib.runs import Store
+
+PRESET = config.get("preset", "quick")
+DEVICE = config.get("device", "cpu")
+KOALA = f"{shlex.quote(sys.executable)} -m koala_lib.cli"
+REPORT = os.path.relpath(paths.report_dir() if PRESET == "quick" else paths.report_dir() / PRESET)
+INTO = f"KOALA_REPORT={shlex.quote(os.path.abspath(REPORT))}"
+
+NOTEBOOKS = {
+    name: os.path.relpath(path)
+    for name, path in nb.all_notebooks().items()
+    if PRESET == "quick" or nb.preset_file(name, PRESET).exists()
+}
+if not NOTEBOOKS:
+    sys.exit(f"koala: no notebook has the preset {PRESET!r}")
+
+# A job leaves a mark instead of owning the stored run, because Snakemake removes the output of a job that it repeats.
+# A run that has a result but no mark was made elsewhere and needs no job.
+GRIDS = {} if PRESET == "quick" else {n: [c.key for c in grid] for n, grid in plan(PRESET).items()}
+MARK = REPORT + "/runs/{key}"
+STORE = Store()
+
+
+def marks(name):
+    keys = dict.fromkeys(GRIDS.get(name, []))
+    return [m for k in keys if os.path.exists(m := MARK.format(key=k)) or STORE.get(k) is None]
+
+
+def digest(*files):
+    """One word for the content of many files; as a parameter of a rule it repeats the rule when the content changes."""
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
+
+
+BESIDE = {"cli.py", "report.py", "bench.py"}  # no notebook uses these
+SHARED = digest(
+    *(f for f in (paths.ROOT / "koala_lib").rglob("*.py") if f.name not in BESIDE),
+    *paths.claims_dir().glob("*.yaml"),
+)
+
+
+def stored(name):
+    """Results of other presets that a notebook shows."""
+    files = paths.results_dir().glob(f"*/{name}.json")
+    return sorted(os.path.relpath(f) for f in files if f.relative_to(paths.results_dir()).parts[0] != PRESET)
+
+
+def overrides(name):
+    return [] if PRESET == "quick" else os.path.relpath(nb.preset_file(name, PRESET))
+
+
+rule all:
+    input:
+        f"{REPORT}/index.html",
+
+
+rule run:
+    output:
+        touch(MARK),
+    message:
+        "run {wildcards.key}"
+    shell:
+        "{KOALA} run --preset {PRESET} --device {DEVICE} --key {wildcards.key} || [ $? -eq {FAILED} ]"
+
+
+rule notebook:
+    input:
+        notebook=lambda w: NOTEBOOKS[w.name],
+        overrides=lambda w: overrides(w.name),
+        runs=lambda w: marks(w.name),
+        stored=lambda w: stored(w.name),
+    output:
+        notebook=REPORT + "/notebooks/{name}.ipynb",
+        page=REPORT + "/notebooks/{name}.html",
+    params:
+        shared=SHARED,
+    message:
+        "notebook {wildcards.name}"
+    shell:
+        "{INTO} {KOALA} notebook {input.notebook:q} --preset {PRESET} -o {output.notebook:q}"
+
+
+rule report:
+    input:
+        expand(REPORT + "/notebooks/{name}.html", name=NOTEBOOKS),
+    output:
+        REPORT + "/index.html",
+    params:
+        shared=digest(paths.ROOT / "koala_lib" / "report.py"),
+    message:
+        "report"
+    shell:
+        "{INTO} {KOALA} report"
+
+
+onerror:
+    shell("{INTO} {KOALA} report && echo 'The report has what succeeded: {REPORT}/index.html'")

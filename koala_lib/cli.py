@@ -1,0 +1,260 @@
+"""The command ``koala``: list and train the runs of the notebooks, execute notebooks, build the report."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from koala_lib import nb, paths
+from koala_lib.parameters import PRESETS
+
+if TYPE_CHECKING:
+    from koala_lib.runs import Store
+    from koala_lib.train import RunConfig, RunResult
+
+FAILED = 3  # exit code when a run is stored as failed: a result, unlike 1 (an error) and 2 (wrong usage)
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+)
+Preset = Annotated[str, typer.Option("--preset", help="quick, desktop or paper")]
+Only = Annotated[str, typer.Option("--only", help="glob over notebook names, such as 'koala/2*'")]
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Bad input ends with what is wrong, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no such data set to be had
+        _stop(str(error), 2)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"koala: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
+    """The grids of the notebooks that have a preset.
+
+    Args:
+        preset: ``quick``, ``desktop`` or ``paper``.
+        only: Glob over notebook names.
+
+    Returns:
+        The configurations by notebook, without notebooks that train nothing.
+
+    Raises:
+        ValueError: For an unknown preset, or a glob that no notebook matches.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+    names = {name: path for name, path in nb.all_notebooks().items() if fnmatch(name, only)}
+    if not names:
+        raise ValueError(f"no notebook matches {only!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
+    has = {n: p for n, p in names.items() if preset == "quick" or nb.preset_file(n, preset).exists()}
+    return {n: grid for n, p in has.items() if (grid := nb.grid_of(p, preset))}
+
+
+@app.command("list")
+def list_runs(
+    preset: Preset = "quick",
+    only: Only = "*",
+    pending: Annotated[bool, typer.Option("--pending", help="only runs without a result")] = False,
+) -> None:
+    """One line a run: key, notebook, label, status."""
+    from koala_lib.runs import Store
+
+    with _one_sentence():
+        grids = plan(preset, only)
+    store = Store()
+    for name, grid in grids.items():
+        for config in grid:
+            result = store.get(config.key)
+            if not (pending and result):
+                typer.echo(f"{config.key}  {name}  {config.label}  {result.status if result else 'pending'}")
+
+
+@app.command()
+def run(
+    preset: Preset = "quick",
+    only: Only = "*",
+    key: Annotated[str, typer.Option(help="only the run with this key")] = "",
+    pending: Annotated[bool, typer.Option("--pending", help="leave out what has a result, failed or not")] = False,
+    time_budget: Annotated[float, typer.Option(help="seconds; start no run that would not fit")] = math.inf,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    allow_unverified_data: Annotated[
+        bool, typer.Option("--allow-unverified-data", help="take data with another checksum; results are tagged")
+    ] = False,
+) -> None:
+    """Train what has no result yet, then merge the results of desktop and paper into data/results.
+
+    Exit code 0: every run is done, or was left for later by the time budget; 3: some runs diverged and are stored as
+    failed; 1: something broke.
+    """
+    from koala_lib.runs import Store
+
+    if allow_unverified_data:
+        os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
+    with _one_sentence():
+        grids = plan(preset, only)
+    store = Store()
+    configs = {c.key: c for grid in grids.values() for c in grid}
+    if key and key not in configs:
+        _stop(f"no run of preset {preset} has the key {key}; 'koala list --preset {preset}' shows them", 2)
+    known = {k: result for k in configs if (result := store.get(k))}
+    wanted = [k for k in configs if key in ("", k) and not (pending and k in known)]
+    todo = [configs[k] for k in wanted if k not in known]
+    trained, broken = _train(todo, list(known.values()), store, device, time_budget)
+    results = [known[k] for k in wanted if k in known] + trained
+    if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
+        _merge(grids, preset, results)
+    failed = sum(r.status == "failed" for r in results)
+    left = len(wanted) - len(results) - broken
+    typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
+    raise typer.Exit(1 if broken else FAILED if failed else 0)
+
+
+def _train(
+    todo: list[RunConfig], known: list[RunResult], store: Store, device: str, budget: float
+) -> tuple[list[RunResult], int]:
+    """Results of the runs that fitted into the budget, and the number of those that raised."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    started, broken = time.monotonic(), 0
+    results: list[RunResult] = []
+    shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=len(todo), disable=None, smoothing=0, bar_format=shape) as bar:  # silent without a terminal
+        for number, config in enumerate(todo, start=1):
+            left, needed = budget - (time.monotonic() - started), _estimate(config, [*known, *results])
+            if needed > left:
+                bar.write(f"stopping: the next run needs about {needed:.0f} s, {max(left, 0):.0f} s are left")
+                break
+            bar.set_description(f"run {number}/{len(todo)}")
+
+            def advance(step: int, steps: int, before: int = number - 1) -> None:
+                bar.update(before + step / steps - bar.n)
+
+            try:
+                results.append(store.run(config, device=device, on_step=advance))
+                bar.write(f"{config.key}  {config.label}  {results[-1].status}")
+            except Exception as error:  # the other runs go on; this one has no result and is tried again next time
+                broken += 1
+                bar.write(f"{config.key}  {config.label}  broken: {type(error).__name__}: {error}", file=sys.stderr)
+    return results, broken
+
+
+def _estimate(config: RunConfig, finished: Iterable[RunResult]) -> float:
+    """Seconds a run will take, from the slowest finished one like it (else any); 0 before the first one."""
+    done = [r for r in finished if r.status == "done"]
+    like = [r for r in done if (r.config.dataset, r.config.model) == (config.dataset, config.model)]
+    return max((r.provenance["seconds"] / r.config.epochs * config.epochs for r in like or done), default=0.0)
+
+
+def _merge(grids: Mapping[str, list[RunConfig]], preset: str, results: Iterable[RunResult]) -> None:
+    """Add results to the committed file of every notebook that shows them; one writer at a time."""
+    from filelock import FileLock
+
+    from koala_lib.runs import merge_results, read_results, results_file
+
+    found = {r.key: r for r in results}
+    paths.runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.runs_dir() / "merge.lock"):
+        for name, grid in grids.items():
+            file = results_file(preset, name)
+            known = {r.key for r in read_results(file)}
+            if new := [found[c.key] for c in grid if c.key in found and c.key not in known]:
+                merge_results(file, new)
+
+
+@app.command()
+def notebook(
+    path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
+    preset: Preset = "quick",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="executed .ipynb; its page goes beside it")
+    ] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself, without a page")] = False,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")
+    ] = None,
+) -> None:
+    """Execute one notebook and write it, normalised, with an HTML page.
+
+    If a cell fails the notebook is kept as <output>.failed.ipynb and the exit code is 1.
+    """
+    from koala_lib import execute
+
+    with _one_sentence():
+        file = _notebook_file(path)
+        if (output is None) != in_place:
+            raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
+        if output is not None and output.suffix != ".ipynb":
+            raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
+        given = dict(_pair(text) for text in parameter or [])
+        values = execute.parameters(file, preset, given)
+    target = (output or file).resolve()
+    try:
+        execute.execute(file, target, values)
+    except execute.NotebookFailed as error:
+        _stop(str(error), 1)
+    if not in_place:
+        execute.to_html(target)
+
+
+def _notebook_file(text: str) -> Path:
+    for file in (Path(text), paths.notebooks() / f"{text}.ipynb"):
+        if file.is_file():
+            return file.resolve()
+    raise ValueError(f"no notebook {text!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"-p {text}: expected name=value")
+    return name.strip(), value
+
+
+@app.command()
+def report(
+    readme: Annotated[bool, typer.Option("--readme", help="also refresh the scoreboard block of README.md")] = False,
+) -> None:
+    """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
+    from koala_lib import report as pages
+
+    with _one_sentence():
+        typer.echo(pages.build())
+        if readme:
+            typer.echo(pages.refresh_readme())
+
+
+@app.command()
+def bench(device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu") -> None:
+    """Time and memory of a step of each optimizer."""
+    from koala_lib import bench as benchmark
+
+    benchmark.main(device)
+
+
+@app.command()
+def data(name: Annotated[str, typer.Argument(help="such as cifar10")]) -> None:
+    """Download a data set and check it."""
+    from koala_lib import data as sets
+
+    with _one_sentence():
+        typer.echo(sets.fetch(name))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,127 @@
+"""Data sets of image classification: found or downloaded, verified, kept as one uint8 tensor on the device.
+
+Nothing is parsed before its checksum has been compared with the published one. A copy whose checksum differs is
+refused, unless the caller allows it; then :attr:`ImageData.tag` and :attr:`ImageData.identity` say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from koala_lib.data.files import contents, fetch, identity, row
+from koala_lib.data.formats import DataError, balanced_order
+from koala_lib.data.iteration import batches, epoch_generator, num_batches
+from koala_lib.data.registry import DATASETS, Augmentation
+
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "DataError",
+    "ImageData",
+    "batches",
+    "epoch_generator",
+    "fetch",
+    "identity",
+    "load",
+    "num_batches",
+]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set on a device.
+
+    Attributes
+    ----------
+    train_images, test_images
+        uint8, ``(N, C, H, W)``, 0 to 255.
+    train_labels, test_labels
+        int64, ``(N,)``, from 0.
+    mean, std
+        float32, ``(C,)``, of pixels in units of 0 to 1.
+    num_classes
+        Number of classes.
+    augmentation
+        What "random crop and flip" means on this data set; for :func:`batches`.
+    name, title
+        Name in :data:`DATASETS`, and the name to print.
+    tag
+        Empty for verified data, else ``"unverified: content 1a2b3c4d"``, to be shown beside every result.
+    identity
+        See :func:`identity`; the same for every ``train_size``.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: Tensor
+    std: Tensor
+    num_classes: int
+    augmentation: Augmentation
+    name: str
+    title: str
+    tag: str
+    identity: str
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    train_size: int | None = None,
+    allow_unverified: bool | None = None,
+) -> ImageData:
+    """Load a data set onto a device, downloading it where necessary.
+
+    Parameters
+    ----------
+    name
+        A name in :data:`DATASETS`.
+    device
+        Where all tensors go.
+    train_size
+        Size of a class-balanced subset of the training set, the same for everyone; a smaller subset is part of every
+        larger one. ``None``: all of it.
+    allow_unverified
+        Accept files whose checksum is not the published one. ``None``: whether the environment has
+        ``KOALA_ALLOW_UNVERIFIED_DATA=1``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a ``train_size`` that the training set does not have.
+    DataError
+        If the data set is missing, not verified or damaged.
+
+    Examples
+    --------
+    >>> digits = load("digits")
+    >>> digits.train_images.shape, len(digits.test_images)
+    (torch.Size([1297, 1, 8, 8]), 500)
+    """
+    dataset, copy = row(name), fetch(name, allow_unverified=allow_unverified)
+    train, test = dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
+    if train_size is not None:
+        if not 0 < train_size <= len(train[1]):
+            raise ValueError(f"train_size must be between 1 and {len(train[1])} on {dataset.title}, got {train_size}")
+        chosen = np.sort(balanced_order(train[1])[:train_size])
+        train = train[0][chosen], train[1][chosen]
+    return ImageData(
+        train_images=torch.from_numpy(train[0]).to(device),
+        train_labels=torch.from_numpy(train[1]).to(device),
+        test_images=torch.from_numpy(test[0]).to(device),
+        test_labels=torch.from_numpy(test[1]).to(device),
+        mean=torch.tensor(dataset.mean, device=device),
+        std=torch.tensor(dataset.std, device=device),
+        num_classes=dataset.num_classes,
+        augmentation=dataset.augmentation,
+        name=name,
+        title=dataset.title,
+        tag=copy.tag,
+        identity=copy.identity,
+    )

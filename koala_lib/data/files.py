@@ -1,0 +1,207 @@
+"""Find, verify and download the files of a data set."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import importlib.util
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BufferedIOBase
+from pathlib import Path
+from typing import cast
+
+from koala_lib import paths
+from koala_lib.data.formats import Contents, DataError, reading
+from koala_lib.data.registry import DATASETS, Dataset, File
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A verified or allowed copy of a data set: the archive or all content files, its identity and its tag."""
+
+    files: tuple[Path, ...]
+    identity: str
+    tag: str
+
+
+def row(name: str) -> Dataset:
+    """Return the registry's row, or raise ``ValueError`` with the nearest known name."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown data set {name!r}; did you mean {near!r}? Known: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def identity(name: str, *, allow_unverified: bool | None = None) -> str:
+    """Return what identifies the content of a data set: 64 hexadecimal digits, part of the key of every run.
+
+    It is the SHA-256 of the published checksums of its files, and so a constant that needs no data. Only where
+    unverified data are allowed, and an unverified copy is found, that copy's files are hashed instead.
+
+    Parameters
+    ----------
+    name
+        A name in :data:`DATASETS`.
+    allow_unverified
+        As in :func:`koala_lib.data.load`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    DataError
+        If a file of an unverified copy cannot be read.
+    """
+    dataset = row(name)
+    if not allowed(allow_unverified) or (found := find(name)) is None:
+        return _manifest(name, [f"{f.name} {f.digest}" for f in dataset.files])
+    return checked(name, found, allow_unverified=True).identity
+
+
+def fetch(name: str, *, allow_unverified: bool | None = None) -> Copy:
+    """Find a data set in ``KOALA_DATA`` or ``data/raw``, else download it to ``data/raw``; verify it.
+
+    The first folder that holds the whole data set counts, even if its copy is refused.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    DataError
+        If the data set is neither found nor can be downloaded, or its checksum is not the published one and
+        ``allow_unverified`` (default: whether the environment has ``KOALA_ALLOW_UNVERIFIED_DATA=1``) is not given.
+    """
+    row(name)
+    found = find(name)
+    if found is None:
+        _download(name)
+        found = find(name)
+        if found is None:
+            raise DataError(f"the download of {name} to {paths.raw_dir()} left no complete copy there")
+    return checked(name, found, allow_unverified=allowed(allow_unverified))
+
+
+def allowed(allow_unverified: bool | None) -> bool:
+    return os.environ.get("KOALA_ALLOW_UNVERIFIED_DATA") == "1" if allow_unverified is None else allow_unverified
+
+
+def find(name: str) -> tuple[Path, ...] | None:
+    """Return the archive or all content files in the first folder that has them."""
+    dataset = DATASETS[name]
+    for folder in paths.data_dirs():
+        # A folder named after the data set comes first: MNIST and Fashion-MNIST use the same file names.
+        places = [folder / sub for sub in (name, *dataset.folders, "")]
+        if dataset.archive and (archive := _first(places, [dataset.archive.name])):
+            return (archive,)
+        files = [_shipped(f) if f.package else _first(places, [f.name, f"{f.name}.gz"]) for f in dataset.files]
+        if None not in files:
+            return tuple(cast("list[Path]", files))
+    return None
+
+
+def _first(folders: list[Path], names: list[str]) -> Path | None:
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
+
+
+def _shipped(file: File) -> Path:
+    spec = importlib.util.find_spec(file.package)  # does not import the package
+    path = spec and spec.origin and _first([Path(spec.origin).parent], [file.name, f"{file.name}.gz"])
+    if not path:
+        raise DataError(f"{file.name} comes with the Python package {file.package}, which is missing or has changed")
+    return path
+
+
+def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Copy:
+    """Compare checksums before anything is parsed."""
+    dataset = DATASETS[name]
+    expected = (dataset.archive,) if dataset.archive and found[0].name == dataset.archive.name else dataset.files
+    for path, file in zip(found, expected, strict=True):
+        kind, digest = file.digest.split(":")
+        if (actual := _digest(path, kind)) != digest:
+            break
+    else:
+        return Copy(found, _manifest(name, [f"{f.name} {f.digest}" for f in dataset.files]), tag="")
+    if not allow_unverified:
+        raise DataError(
+            f"{path} is not the published file of {dataset.title} ({kind} {actual}, expected {digest}): replace it, or "
+            "use it with --allow-unverified-data (KOALA_ALLOW_UNVERIFIED_DATA=1), and every result will say so"
+        )
+    content = _manifest(name, [f"{p.name.removesuffix('.gz')} sha256:{_digest(p, 'sha256')}" for p in found])
+    return Copy(found, content, tag=f"unverified: content {content[:8]}")
+
+
+def _manifest(name: str, lines: list[str]) -> str:
+    return hashlib.sha256("\n".join([f"koala data set 1: {name}", *lines]).encode()).hexdigest()
+
+
+def _digest(path: Path, kind: str) -> str:
+    stat = path.stat()
+    return _hash_of(path, kind, (stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)  # every run of a grid asks for the same files
+def _hash_of(path: Path, kind: str, _stamp: tuple[int, int]) -> str:
+    with reading(str(path)), _opened(path) as stream:
+        return hashlib.file_digest(stream, kind).hexdigest()
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    """Open for reading; a compressed file that is no archive gives its content."""
+    if path.suffix == ".gz" and not path.name.endswith(".tar.gz"):
+        return gzip.open(path)
+    return path.open("rb")
+
+
+def contents(name: str, copy: Copy) -> Contents:
+    """Yield ``(name for messages, bytes)`` of the content files, in the registry's order."""
+    dataset = DATASETS[name]
+    if dataset.archive and copy.files[0].name == dataset.archive.name:
+        yield from _members(copy.files[0], [file.name for file in dataset.files])
+        return
+    for path in copy.files:
+        with reading(str(path)), _opened(path) as stream:
+            raw = stream.read()
+        yield str(path), raw
+
+
+def _members(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Read members of a tar archive by their base names, without unpacking it."""
+    with reading(str(archive)), tarfile.open(archive) as tar:
+        raw = {}
+        for member in tar:
+            base = member.name.rsplit("/", 1)[-1]
+            if base in names and (stream := tar.extractfile(member)):
+                raw[base] = stream.read()
+        if missing := [base for base in names if base not in raw]:
+            raise ValueError(f"it does not contain {missing[0]}")
+    yield from ((f"{archive}/{base}", raw[base]) for base in names)
+
+
+def _download(name: str) -> None:
+    """Download to ``data/raw/<name>``; whatever goes wrong becomes one sentence with what to do."""
+    dataset = DATASETS[name]
+    wanted = [dataset.archive] if dataset.archive else [f for f in dataset.files if not f.package]
+    what = ", ".join(f.name for f in wanted) if len(wanted) < 5 else f"{wanted[0].name} … {wanted[-1].name}"
+    looked = " and ".join(str(p) for p in paths.data_dirs())
+    advice = f"put {what} into a folder and name that folder in KOALA_DATA"
+    if dataset.source:
+        raise DataError(f"{dataset.title} is not in {looked}: get it from {dataset.source}, {advice}")
+    try:
+        import pooch  # type: ignore[import-untyped]
+
+        for file in wanted:
+            fname = file.url.rsplit("/", 1)[-1]
+            pooch.retrieve(file.url, file.download, fname=fname, path=paths.raw_dir() / name)
+    except ImportError as error:
+        raise DataError(f"{dataset.title} is not in {looked}: install pooch to download it, or {advice}") from error
+    except (OSError, ValueError) as error:  # pooch raises ValueError for a wrong checksum
+        reason = "its checksum is not the published one" if isinstance(error, ValueError) else type(error).__name__
+        raise DataError(
+            f"{dataset.title} is not in {looked}, and downloading {file.url} failed ({reason}): {advice}, or run "
+            f"`koala data {name}` where there is a network"
+        ) from error

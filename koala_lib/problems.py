@@ -1,0 +1,181 @@
+"""Small problems with known answers, on which the statements of the papers can be checked.
+
+A problem is a function of the parameter vector with a starting point, in float64. :func:`follow` runs an optimizer on
+one and records what it saw, so that notebooks and tests need no loop of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FiniteSum:
+    """An empirical risk, the mean of m sample losses (KOALA, eq. 2): L(x) = 1/m sum_i l_i(x).
+
+    Attributes:
+        losses: the sample losses, x (n,) -> (m,); differentiable, float64.
+        start: where runs begin, n numbers.
+    """
+
+    losses: Callable[[Tensor], Tensor]
+    start: tuple[float, ...]
+
+    def at(self, x: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Sample losses (m,) and their gradients (m, n) at a point (n,)."""
+        x = torch.as_tensor(x, dtype=torch.float64).detach()
+        return self.losses(x), torch.func.jacrev(self.losses)(x)
+
+    def gradient(self, x: Tensor | Sequence[float]) -> Tensor:
+        """Gradient (n,) of the mean loss at a point (n,)."""
+        return self.at(x)[1].mean(0)
+
+
+class Trace(NamedTuple):
+    """What an optimizer saw at the points where it took gradients; one row a step.
+
+    Attributes:
+        points: x^_k (steps, n), the predicted points.
+        losses: minibatch loss there (steps,).
+        gradient_norms: norm of the minibatch gradient there (steps,).
+        filter: scalars of the filter by name (steps,), after the prediction, so ``filter["variance"]`` is P^_k while
+            ``filter["measurement_noise"]`` is R_{k-1}; empty for an optimizer that has none.
+        last: x (n,) after the last step.
+    """
+
+    points: Tensor
+    losses: Tensor
+    gradient_norms: Tensor
+    filter: dict[str, Tensor]
+    last: Tensor
+
+
+def follow(
+    problem: FiniteSum,
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    steps: int,
+    *,
+    epsilon: Callable[[int], float],
+    samples: Tensor | None = None,
+) -> Trace:
+    """Run an optimizer on a problem.
+
+    Args:
+        problem: what to minimise.
+        optimizer: makes the optimizer from the list of parameters, e.g. ``lambda p: KoalaV(p, process_noise=0.1)``.
+        steps: number of steps.
+        epsilon: k -> epsilon_k, the learning rate of step k = 1, 2, ...
+        samples: indices (steps,) or (steps, B) of the sample losses that step k sees; ``None`` is full batch.
+
+    Returns:
+        The record of all steps.
+
+    Raises:
+        ValueError: if ``samples`` has not one row a step.
+
+    >>> run = follow(quadratic([2.0], start=[1.0]), torch.optim.SGD, 2, epsilon=lambda k: 0.5 / k)
+    >>> run.points.flatten(), run.last
+    (tensor([1., 0.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
+    """
+    if samples is not None and len(samples) != steps:
+        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
+    x = torch.nn.Parameter(torch.tensor(problem.start, dtype=torch.float64))
+    algorithm = optimizer([x])
+    read_filter = getattr(algorithm, "filter_state", dict)
+    seen: list[Tensor] = []
+    scalars: list[dict[str, float]] = []
+
+    for k in range(1, steps + 1):
+
+        def closure(k: int = k) -> Tensor:  # called at the predicted point
+            algorithm.zero_grad()
+            losses = problem.losses(x)
+            if samples is not None:
+                losses = losses[samples[k - 1]]
+            mean = losses.mean()
+            mean.backward()  # type: ignore[no-untyped-call]
+            assert x.grad is not None
+            seen.append(torch.cat([mean.detach()[None], x.grad.norm()[None], x.detach()]))
+            scalars.append(read_filter())
+            return losses
+
+        for group in algorithm.param_groups:
+            group["lr"] = epsilon(k)
+        algorithm.step(closure)  # type: ignore[arg-type]  # torch's stub wants a float
+
+    rows = torch.stack(seen)
+    filters = {name: torch.tensor([row[name] for row in scalars], dtype=torch.float64) for name in scalars[0]}
+    return Trace(rows[:, 2:], rows[:, 0], rows[:, 1], filters, x.detach().clone())
+
+
+# ---- problems ----------------------------------------------------------------------------------------------------
+
+
+def quadratic(curvatures: Sequence[float], *, minimum: float = 0.0, start: Sequence[float] | None = None) -> FiniteSum:
+    """One loss, minimum + 1/2 sum_j h_j x_j^2, with its minimum at 0; starts at ones by default.
+
+    >>> quadratic([1.0, 4.0], minimum=0.5).at([2.0, 1.0])
+    (tensor([4.5000], dtype=torch.float64), tensor([[2., 4.]], dtype=torch.float64))
+    """
+    h = torch.tensor(curvatures, dtype=torch.float64)
+    return FiniteSum(
+        lambda x: (minimum + (h * x**2).sum() / 2)[None],
+        tuple(start) if start is not None else (1.0,) * len(curvatures),
+    )
+
+
+def linear(slopes: Tensor, offsets: Tensor, *, start: Sequence[float] | None = None) -> FiniteSum:
+    """Losses l_i(x) = offset_i + slope_i . x, whose gradients are what one wants them to be; starts at 0 by default.
+
+    >>> linear(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0])).at([1.0, 1.0])
+    (tensor([8.], dtype=torch.float64), tensor([[3., 4.]], dtype=torch.float64))
+    """
+    slopes, offsets = slopes.double(), offsets.double()
+    return FiniteSum(lambda x: offsets + slopes @ x, tuple(start) if start is not None else (0.0,) * slopes.shape[1])
+
+
+def logistic(samples: int = 40, *, l2: float = 0.1) -> FiniteSum:
+    """Logistic regression in two dimensions: Lipschitz gradient, no closed-form minimum, positive minimum value.
+
+    Sample i has the features (sin 2i, cos 3i) and the label +1 or -1 of sin 2i + 0.5 cos 3i + 0.5 sin 7i > 0, so no
+    line separates the classes: l_i = log(1 + exp(-label_i feature_i . x)) + l2/2 |x|^2.
+    """
+    i = torch.arange(samples, dtype=torch.float64)
+    features = torch.stack([torch.sin(2 * i), torch.cos(3 * i)], dim=1)
+    labels = torch.sign(features @ torch.tensor([1.0, 0.5], dtype=torch.float64) + 0.5 * torch.sin(7 * i))
+    return FiniteSum(
+        lambda x: torch.nn.functional.softplus(-labels * (features @ x)) + l2 / 2 * (x**2).sum(), (-2.0, 3.0)
+    )
+
+
+def two_samples(start: float = 1.5) -> FiniteSum:
+    """l_1 = (x - 1)^2 + 0.5 and l_2 = 2 (x + 1)^2 + 0.1: the mean loss is smallest at -1/3, the mean square at -0.191.
+
+    >>> two_samples().gradient([-1 / 3]).abs().item() < 1e-12
+    True
+    """
+    return FiniteSum(lambda x: torch.cat([(x - 1) ** 2 + 0.5, 2 * (x + 1) ** 2 + 0.1]), (start,))
+
+
+def bounded_slopes(offset: float = 5.0, start: float = 1.0) -> FiniteSum:
+    """Three losses whose slopes stay between 0.5 and 2.5 in size at *every* x, with a mean that has its minimum at 0.
+
+    l_1 = l_2 = offset + x + c(x) and l_3 = offset - 2 x + c(x) with c = 1/2 log cosh x: the gradients are Lipschitz and
+    fulfil g <= |dl_i/dx| <= G with g = 0.5, G = 2.5; the mean loss is offset + c(x).
+
+    >>> losses, gradients = bounded_slopes().at([0.0])
+    >>> gradients.flatten().tolist()
+    [1.0, 1.0, -2.0]
+    """
+    slopes = torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64)
+
+    def losses(x: Tensor) -> Tensor:
+        bowl = (torch.logaddexp(x, -x) - torch.log(torch.tensor(2.0, dtype=torch.float64))) / 2  # 1/2 log cosh x
+        return offset + slopes * x + bowl
+
+    return FiniteSum(losses, (start,))

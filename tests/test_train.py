@@ -1,0 +1,245 @@
+"""One run: configuration and key, learning, failure, and the same bits after an interruption."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from koala_lib import data, train
+from koala_lib.train import RunConfig, RunResult
+
+QUICK = RunConfig(
+    dataset="digits",
+    model="resnet8",
+    optimizer="koala_m",
+    optimizer_args={"weight_decay": 5e-4},
+    epochs=2,
+    batch_size=64,
+    milestones=(1,),
+    gamma=0.2,
+    augment=True,
+    train_size=320,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_key_is_canonical() -> None:
+    same = RunConfig.from_dict(json.loads(json.dumps(QUICK.to_dict())))
+    assert same == QUICK
+    assert same.key == QUICK.key
+    assert len(QUICK.key) == 16
+    assert QUICK.but(optimizer_args={"lr": 1}).key == QUICK.but(optimizer_args={"lr": 1.0}).key
+    assert (
+        QUICK.but(optimizer_args=[("momentum", 0.5), ("lr", 1.0)]).key
+        == QUICK.but(optimizer_args={"lr": 1.0, "momentum": 0.5}).key
+    )
+
+
+def test_everything_in_a_config_changes_its_key() -> None:
+    changes = {
+        "dataset": "mnist5k",
+        "model": "resnet18",
+        "optimizer": "koala_v",
+        "optimizer_args": {},
+        "epochs": 3,
+        "batch_size": 32,
+        "milestones": (),
+        "gamma": 0.1,
+        "augment": False,
+        "train_size": None,
+        "seed": 1,
+        "precision": "bfloat16",
+    }
+    assert set(changes) == set(QUICK.to_dict())
+    keys = {QUICK.but(**{name: value}).key for name, value in changes.items()}
+    assert len(keys | {QUICK.key}) == len(changes) + 1
+
+
+def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = QUICK.key
+    monkeypatch.setitem(train.VERSION, "koala_m", train.VERSION["koala_m"] + 1)
+    bumped = QUICK.key
+    monkeypatch.setattr(data, "identity", lambda name: "another copy")
+    assert len({before, bumped, QUICK.key}) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "digit"}, "dataset='digit' is unknown; known are .*digits"),
+        ({"model": "vgg"}, "model='vgg'"),
+        ({"optimizer": "koala"}, "optimizer='koala' is unknown; known are .*koala_m"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
+        ({"batch_size": 1.5}, r"batch_size must be a whole number >= 1, got 1\.5"),
+        ({"train_size": -1}, "train_size must be"),
+        ({"milestones": (3, 1)}, r"milestones must be increasing epochs, got \(3, 1\)"),
+        ({"gamma": 0}, r"gamma must be in \(0, 1\], got 0"),
+    ],
+)
+def test_bad_config_names_what_is_wrong(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QUICK.but(**change)
+
+
+def test_unknown_optimizer_argument_is_an_error() -> None:
+    with pytest.raises(TypeError, match="momentun"):
+        train.train(QUICK.but(optimizer_args={"momentun": 0.9}))
+
+
+def test_batch_larger_than_the_data_is_an_error() -> None:
+    with pytest.raises(ValueError, match="batch_size=512 exceeds the 320 training samples"):
+        train.train(QUICK.but(batch_size=512))
+
+
+def test_a_run_learns_and_reports() -> None:
+    steps: list[tuple[int, int]] = []
+    result = train.train(QUICK.but(epochs=4, milestones=(3,)), on_step=lambda *s: steps.append(s))
+    assert steps == [(i, 20) for i in range(1, 21)]
+    assert result.status == "done"
+    assert [m["lr"] for m in result.epochs] == [1.0, 1.0, 1.0, 0.2]
+    losses = [m["train_loss"] for m in result.epochs]
+    assert losses[-1] < 0.5 * losses[0]
+    assert result.final["test_error"] < 60  # chance is 90 %
+    assert result.final["test_error_top5"] < result.final["test_error"]
+    assert result.final == result.epochs[-1]
+    assert result.provenance["threads"] == 1
+    assert result.provenance["parameters"] == 19810
+    assert RunResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_metrics_against_a_plain_evaluation() -> None:
+    run = train._Run(QUICK, torch.device("cpu"))
+    metrics = run.evaluate()
+    images = data.load("digits")
+    x = (images.test_images.double() / 255 - images.mean.double()) / images.std.double()
+    logits = run.model.eval().double()(x)
+    order = logits.argsort(dim=1, descending=True)
+    hits = order == images.test_labels[:, None]
+    assert metrics["test_error"] == pytest.approx(100 * (1 - hits[:, 0].double().mean().item()), abs=0.21)
+    assert metrics["test_error_top5"] == pytest.approx(100 * (1 - hits[:, :5].sum(1).double().mean().item()), abs=0.21)
+    loss = torch.nn.functional.cross_entropy(logits, images.test_labels).item()
+    assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_other_optimizers_of_the_tables_train(optimizer: str) -> None:
+    rate = {"sgd": 0.1, "adam": 1e-2}[optimizer]
+    result = train.train(QUICK.but(optimizer=optimizer, optimizer_args={"lr": rate}, epochs=6, milestones=(), augment=False))
+    assert result.epochs[-1]["train_loss"] < 0.7 * result.epochs[0]["train_loss"]
+
+
+def test_same_seed_same_bits_other_seed_other_bits() -> None:
+    first, again, other = (train.train(QUICK.but(epochs=1, seed=s)) for s in (0, 0, 1))
+    assert first.provenance["weights_sha256"] == again.provenance["weights_sha256"]
+    assert first.epochs == again.epochs
+    assert first.provenance["weights_sha256"] != other.provenance["weights_sha256"]
+
+
+def test_a_run_that_diverges_is_recorded_with_its_step() -> None:
+    result = train.train(QUICK.but(optimizer="sgd", optimizer_args={"lr": 1e12}, epochs=3))
+    assert result.status == "failed"
+    assert result.failed_step == 1  # the first step already throws the weights away
+    assert result.final == {}
+    assert result.epochs == ()
+
+
+class _Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["koala_m", "koala_v", "sgd", "adam"])
+def test_resume_at_a_random_step_gives_the_same_bits(optimizer: str, tmp_path: Path) -> None:
+    arguments = {"sgd": {"lr": 0.1, "momentum": 0.9}}.get(optimizer, {})
+    config = QUICK.but(optimizer=optimizer, optimizer_args=arguments)
+    whole = train.train(config)
+    stop = random.SystemRandom().randrange(1, 10)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == stop + 1:  # a checkpoint is written after the call, so `stop` is the last step that was kept
+            raise _Interrupt
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(_Interrupt):
+        train.train(config, checkpoint=checkpoint, checkpoint_seconds=0, on_step=interrupt)
+    seen: list[int] = []
+    rest = train.train(config, checkpoint=checkpoint, on_step=lambda done, total: seen.append(done))
+    assert seen == list(range(stop + 1, 11)), f"stopped after {stop}"
+    assert rest.epochs == whole.epochs, f"stopped after {stop}"
+    assert rest.provenance["weights_sha256"] == whole.provenance["weights_sha256"], f"stopped after {stop}"
+
+
+def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path) -> None:
+    config = QUICK.but(epochs=8)
+    checkpoint = tmp_path / "checkpoint.pt"
+    script = (
+        "import json, sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path; from koala_lib.train import RunConfig, train\n"
+        "train(RunConfig.from_dict(json.loads(sys.argv[1])), checkpoint=Path(sys.argv[2]), checkpoint_seconds=0)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, json.dumps(config.to_dict()), str(checkpoint)])
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(random.SystemRandom().uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    saved = torch.load(checkpoint, weights_only=True)  # whole, although the process died at any point
+    resumed, whole = train.train(config, checkpoint=checkpoint), train.train(config)
+    assert resumed.provenance["weights_sha256"] == whole.provenance["weights_sha256"], saved["counters"]
+    assert resumed.epochs == whole.epochs
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    run = train._Run(QUICK, torch.device("cpu"))
+    run.save(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="is a checkpoint of run"):
+        train.train(QUICK.but(seed=5), checkpoint=tmp_path / "checkpoint.pt")
+
+
+def test_a_step_reads_nothing_back_to_the_host() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoHostReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            assert func not in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+            ), func
+            return func(*args, **(kwargs or {}))
+
+    run = train._Run(QUICK, torch.device("cpu"))
+    batches = run.batches()
+    with NoHostReads():
+        for _ in range(3):
+            run.train_step(*next(batches))
+    assert run.step == 3
+
+
+def test_bfloat16_autocast_is_recorded_and_changes_the_numbers() -> None:
+    exact, rough = train.train(QUICK.but(epochs=1)), train.train(QUICK.but(epochs=1, precision="bfloat16"))
+    assert rough.config.precision == "bfloat16"
+    assert exact.epochs != rough.epochs
+    assert rough.epochs[0]["train_loss"] == pytest.approx(exact.epochs[0]["train_loss"], rel=0.1)
+
+
+def test_provenance_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train.paths, "ROOT", tmp_path)
+    train._commit.cache_clear()
+    try:
+        assert train._commit() == ""
+    finally:
+        train._commit.cache_clear()

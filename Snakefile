@@ -8,11 +8,14 @@ import hashlib
 import os
 import shlex
 import sys
+from pathlib import Path
 
+import koala_lib
 from koala_lib import nb, paths
 from koala_lib.cli import FAILED, plan
 from koala_lib.runs import Store
 
+CODE = Path(koala_lib.__file__).parent
 PRESET = config.get("preset", "quick")
 DEVICE = config.get("device", "cpu")
 KOALA = f"{shlex.quote(sys.executable)} -m koala_lib.cli"
@@ -46,7 +49,7 @@ def digest(*files):
 
 BESIDE = {"cli.py", "report.py", "bench.py"}  # no notebook uses these
 SHARED = digest(
-    *(f for f in (paths.ROOT / "koala_lib").rglob("*.py") if f.name not in BESIDE),
+    *(f for f in CODE.rglob("*.py") if f.name not in BESIDE),
     *paths.claims_dir().glob("*.yaml"),
 )
 
@@ -98,7 +101,7 @@ rule report:
     output:
         REPORT + "/index.html",
     params:
-        shared=digest(paths.ROOT / "koala_lib" / "report.py"),
+        shared=digest(CODE / "report.py"),
     message:
         "report"
     shell:

@@ -162,19 +162,24 @@ def _estimate(config: RunConfig, finished: Iterable[RunResult]) -> float:
 
 
 def _merge(grids: Mapping[str, list[RunConfig]], preset: str, results: Iterable[RunResult]) -> None:
-    """Add results to the committed file of every notebook that shows them; one writer at a time."""
+    """Bring the committed file of every notebook up to date: its grid's finished runs, in the grid's order.
+
+    Runs that the grid no longer has (an older algorithm, another setting) go, or a table would show them twice.
+    """
     from filelock import FileLock
 
-    from koala_lib.runs import merge_results, read_results, results_file
+    from koala_lib.runs import read_results, results_file, write_json
 
     found = {r.key: r for r in results}
     paths.runs_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(paths.runs_dir() / "merge.lock"):
         for name, grid in grids.items():
             file = results_file(preset, name)
-            known = {r.key for r in read_results(file)}
-            if new := [found[c.key] for c in grid if c.key in found and c.key not in known]:
-                merge_results(file, new)
+            old = read_results(file)
+            have = found | {r.key: r for r in old}
+            new = [have[key] for key in dict.fromkeys(c.key for c in grid) if key in have]
+            if new != old:
+                write_json(file, {"runs": [r.to_json() for r in new]})
 
 
 @app.command()

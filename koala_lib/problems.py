@@ -62,6 +62,8 @@ def follow(
     *,
     epsilon: Callable[[int], float],
     samples: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    target: Callable[[Tensor], Tensor] | None = None,
 ) -> Trace:
     """Run an optimizer on a problem.
 
@@ -71,12 +73,15 @@ def follow(
         steps: number of steps.
         epsilon: k -> epsilon_k, the learning rate of step k = 1, 2, ...
         samples: indices (steps,) or (steps, B) of the sample losses that step k sees; ``None`` is full batch.
+        sizes: cut x into parameter tensors of these lengths, in order; ``None`` leaves it one tensor.
+        target: minibatch loss -> target risk, which is subtracted from the losses before the optimizer sees them;
+            ``None`` is 0. The record keeps the loss itself.
 
     Returns:
         The record of all steps.
 
     Raises:
-        ValueError: if ``samples`` has not one row a step.
+        ValueError: if ``samples`` has not one row a step, or ``sizes`` do not add up to n.
 
     >>> run = follow(quadratic([2.0], start=[1.0]), torch.optim.SGD, 2, epsilon=lambda k: 0.5 / k)
     >>> run.points.flatten(), run.last
@@ -84,8 +89,11 @@ def follow(
     """
     if samples is not None and len(samples) != steps:
         raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
-    x = torch.nn.Parameter(torch.tensor(problem.start, dtype=torch.float64))
-    algorithm = optimizer([x])
+    start = torch.tensor(problem.start, dtype=torch.float64)
+    if sizes is not None and sum(sizes) != len(start):
+        raise ValueError(f"sizes {list(sizes)} add up to {sum(sizes)}, but x has {len(start)} entries")
+    parts = [torch.nn.Parameter(part.clone()) for part in torch.split(start, list(sizes or [len(start)]))]
+    algorithm = optimizer(parts)
     read_filter = getattr(algorithm, "filter_state", dict)
     seen: list[Tensor] = []
     scalars: list[dict[str, float]] = []
@@ -94,15 +102,16 @@ def follow(
 
         def closure(k: int = k) -> Tensor:  # called at the predicted point
             algorithm.zero_grad()
+            x = torch.cat([*parts])
             losses = problem.losses(x)
             if samples is not None:
                 losses = losses[samples[k - 1]]
             mean = losses.mean()
             mean.backward()  # type: ignore[no-untyped-call]
-            assert x.grad is not None
-            seen.append(torch.cat([mean.detach()[None], x.grad.norm()[None], x.detach()]))
+            norm = torch.cat([part.grad for part in parts if part.grad is not None]).norm()
+            seen.append(torch.cat([mean.detach()[None], norm[None], x.detach()]))
             scalars.append(read_filter())
-            return losses
+            return losses if target is None else losses - target(mean.detach())
 
         for group in algorithm.param_groups:
             group["lr"] = epsilon(k)
@@ -110,7 +119,7 @@ def follow(
 
     rows = torch.stack(seen)
     filters = {name: torch.tensor([row[name] for row in scalars], dtype=torch.float64) for name in scalars[0]}
-    return Trace(rows[:, 2:], rows[:, 0], rows[:, 1], filters, x.detach().clone())
+    return Trace(rows[:, 2:], rows[:, 0], rows[:, 1], filters, torch.cat([*parts]).detach())
 
 
 # ---- problems ----------------------------------------------------------------------------------------------------

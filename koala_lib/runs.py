@@ -148,11 +148,9 @@ def read_results(file: Path) -> list[RunResult]:
 
 def merge_results(file: Path, results: Iterable[RunResult]) -> None:
     """Add runs to a committed file; a run of the same key is replaced, the order is that of the labels."""
-    paths.runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.runs_dir() / "results.lock"):  # jobs that finish together must not forget each other
-        merged = {r.key: r for r in [*read_results(file), *results]}
-        ordered = sorted(merged.values(), key=lambda r: (r.config.label, r.key))
-        write_json(file, {"runs": [r.to_json() for r in ordered]})
+    merged = {r.key: r for r in [*read_results(file), *results]}
+    ordered = sorted(merged.values(), key=lambda r: (r.config.label, r.key))
+    write_json(file, {"runs": [r.to_json() for r in ordered]})
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -319,6 +319,8 @@ def damaged_idx(folder: Path, case: str) -> str:
             images.write_bytes(b"")
         case "floats":
             images.write_bytes(b"\0\0\x0d\x03" + images.read_bytes()[4:])
+        case "no dimensions":
+            images.write_bytes(b"\0\0\x08\0\x05")
         case "27 pixels wide":
             write_idx(folder, side=27, zipped=False)
         case "label 10":
@@ -330,7 +332,16 @@ def damaged_idx(folder: Path, case: str) -> str:
     return images.name
 
 
-IDX_DAMAGE = ["truncated gzip", "truncated", "empty", "floats", "27 pixels wide", "label 10", "a label too few"]
+IDX_DAMAGE = [
+    "truncated gzip",
+    "truncated",
+    "empty",
+    "floats",
+    "no dimensions",
+    "27 pixels wide",
+    "label 10",
+    "a label too few",
+]
 
 
 @pytest.mark.parametrize("case", IDX_DAMAGE)

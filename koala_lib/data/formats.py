@@ -19,6 +19,9 @@ Shape = tuple[int, int, int]  # channels, height, width
 Split = tuple[Array, Array]  # images (N, C, H, W), uint8; labels (N,), int64, from 0
 Parser = Callable[[Contents, Shape, int], list[Split]]  # the int is the number of classes; training and test set
 
+# Whatever a decoder raises on damaged input; TypeError: len() of an array without dimensions.
+_DAMAGE = (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+
 
 class DataError(RuntimeError):
     """A data set is missing, not verified or damaged. The message is one sentence for the user."""
@@ -26,10 +29,10 @@ class DataError(RuntimeError):
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises on damaged input into a :class:`DataError` that names the file."""
+    """Turn what goes wrong while a file is read into a :class:`DataError` that names it."""
     try:
         yield
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DataError(f"{name} cannot be read: {error}") from error
 
 

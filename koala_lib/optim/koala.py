@@ -72,7 +72,13 @@ def _compiled_correct() -> Callable[..., None]:
     except Exception as error:
         warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=2)
         return _correct
-    return compiled
+
+    def correct(params: list[Tensor], velocities: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
+        # What torch 2.13 compiles for the CPU does not change a 0-dim float64 tensor in place.
+        lists = ([t.view(1) if t.dim() == 0 else t for t in ts] for ts in (params, velocities, grads))
+        compiled(*lists, *rest)
+
+    return correct
 
 
 # ---- the optimizers ----------------------------------------------------------------------------------------------

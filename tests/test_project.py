@@ -1,0 +1,63 @@
+"""Files beside the code that would otherwise drift apart from it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
+PIP_ONLY = {"snakemake", "pytorch-optimizer"}  # come with `pip: -e .[all]`
+
+
+def _split(requirement: str) -> tuple[str, str]:
+    name, bound = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()  # type: ignore[union-attr]
+    return name.lower().replace("_", "-"), bound
+
+
+def test_environment_yml_has_the_requirements_of_pyproject_with_the_same_bounds() -> None:
+    extras = PROJECT["optional-dependencies"]
+    wanted = dict(map(_split, PROJECT["dependencies"] + sum((extras[e] for e in extras if e != "all"), [])))
+    wanted = {ON_CONDA_FORGE.get(n, n): bound for n, bound in wanted.items() if n not in PIP_ONLY}
+    dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    *conda, last = dependencies
+    assert last == {"pip": ["-e .[all]"]}
+    given = dict(map(_split, conda))
+    assert given.pop("pip") == ""
+    assert given.pop("python") == PROJECT["requires-python"]
+    assert given == wanted
+
+
+def test_all_is_all_extras() -> None:
+    extras = dict(PROJECT["optional-dependencies"])
+    [everything] = extras.pop("all")
+    assert everything == f"koala-lib[{','.join(extras)}]"
+
+
+def test_every_make_target_has_a_line_of_help() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^\.PHONY: (.*)$", text, re.M)[0].split()) - {"FORCE"}
+    shown = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make (\w+) +\S", shown, re.M)) == targets
+
+
+def test_citation_names_the_version_and_the_three_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    text = (ROOT / "CITATION.cff").read_text()
+    for identifier in ("10.1609/aaai.v36i6.20599", "arXiv:2011.04803", "arXiv:2009.13586"):
+        assert identifier in text
+    assert len(citation["references"]) == 3
+
+
+def test_the_readme_has_one_scoreboard_block_that_the_report_can_refresh() -> None:
+    from koala_lib.claims import replace_block
+
+    text = (ROOT / "README.md").read_text()
+    assert "| new |" in replace_block(text, "| new |")

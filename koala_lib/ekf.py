@@ -6,12 +6,15 @@ approximate, so notebooks and tests can say what the approximations (11) and (21
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from koala_lib.problems import FiniteSum
+
+Matrix = Sequence[Sequence[float]]
 
 
 class Estimates(NamedTuple):
@@ -32,9 +35,9 @@ def extended_kalman_filter(
     problem: FiniteSum,
     steps: int,
     *,
-    initial_covariance: Tensor,
-    transition: Tensor,
-    process_noise: Tensor,
+    initial_covariance: Matrix,
+    transition: Matrix,
+    process_noise: Matrix,
     measurement_noise: float,
     samples: Tensor | None = None,
     scaled: bool = False,
@@ -60,21 +63,21 @@ def extended_kalman_filter(
     Raises:
         ValueError: if the matrices differ in shape, or ``samples`` has not one row a step.
 
-    >>> one, half = torch.ones(1, 1), torch.full((1, 1), 0.5)
     >>> from koala_lib.problems import quadratic
-    >>> run = extended_kalman_filter(quadratic([1.0], start=[2.0]), 1, initial_covariance=half, transition=one,
-    ...                              process_noise=half, measurement_noise=4.0)
+    >>> run = extended_kalman_filter(quadratic([1.0], start=[2.0]), 1, initial_covariance=[[0.5]], transition=[[1.0]],
+    ...                              process_noise=[[0.5]], measurement_noise=4.0)
     >>> run.states.item(), run.covariances.item()  # x = 2 - 1 * 2 / 8 * 2, P = 4 / 8 * 1
     (1.5, 0.5)
     """
-    shapes = {tuple(matrix.shape) for matrix in (initial_covariance, transition, process_noise)}
-    if len(shapes) != 1:
-        raise ValueError(f"initial_covariance, transition and process_noise differ in shape: {sorted(shapes)}")
+    small = [torch.tensor(m, dtype=torch.float64) for m in (initial_covariance, transition, process_noise)]
+    if len({m.shape for m in small}) != 1:
+        shapes = ", ".join(str(tuple(m.shape)) for m in small)
+        raise ValueError(f"initial_covariance, transition and process_noise must have one shape, got {shapes}")
     if samples is not None and len(samples) != steps:
         raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
     n = len(problem.start)
     identity = torch.eye(n, dtype=torch.float64)
-    P, F, Q = (torch.kron(matrix.double(), identity) for matrix in (initial_covariance, transition, process_noise))
+    P, F, Q = (torch.kron(matrix, identity) for matrix in small)
     R = measurement_noise
     x = torch.zeros(len(P), dtype=torch.float64)
     x[:n] = torch.tensor(problem.start, dtype=torch.float64)

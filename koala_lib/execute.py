@@ -163,13 +163,10 @@ def _sentence(path: Path, kept: Path, error: PapermillExecutionError) -> str:
 
 
 def to_html(notebook: Path) -> Path:
-    """Write the HTML page of an executed notebook beside it.
+    """Write the HTML page of an executed notebook beside it; it needs nothing from the network."""
+    from koala_lib.page import Exporter
 
-    Pictures and style are inside the page; formulas need MathJax from the network and show as TeX without it.
-    """
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(template_name="lab", require_js_url="")  # type: ignore[no-untyped-call]
+    exporter = Exporter(template_name="lab", require_js_url="", mathjax_url="")  # type: ignore[no-untyped-call]
     body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": notebook.stem}})
     page = notebook.with_suffix(".html")
     page.write_text(body, encoding="utf-8")

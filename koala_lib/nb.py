@@ -10,7 +10,7 @@ import ast
 import os
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,9 +197,23 @@ class Notebook:
 
     def run(self, grid: Sequence[RunConfig]) -> list[RunResult]:
         """Results of a grid, in its order; what the store does not have is trained now."""
+        from IPython.display import display
+
         from koala_lib.runs import run_all
 
-        results = run_all(grid, store=self.store, device=self.params["device"], progress=_progress())
+        # A line for a person who watches; batch runs and nbval set KOALA_BATCH, so that outputs stay the same.
+        watched = not os.environ.get("KOALA_BATCH")
+        line = display({"text/plain": ""}, raw=True, display_id=True) if watched else None  # type: ignore[no-untyped-call]
+
+        def show(text: str) -> None:
+            if line is not None:
+                line.update({"text/plain": text}, raw=True)
+
+        def progress(ready: int, total: int, config: RunConfig) -> None:
+            show(f"run {ready + 1}/{total}: {config.label}")
+
+        results = run_all(grid, store=self.store, device=self.params["device"], progress=progress)
+        show("")
         failed = sum(r.status == "failed" for r in results)
         print(f"{len(results)} runs: {len(results) - failed} done, {failed} failed")
         return results
@@ -245,17 +259,3 @@ class Notebook:
 
         claims.save(self._verdicts, self.name)
         print(claims.table(self._verdicts).to_string())
-
-
-def _progress() -> Callable[[int, int, RunConfig], None] | None:
-    """A line that shows the run at work, for a person who watches; batch runs and nbval set KOALA_BATCH."""
-    if os.environ.get("KOALA_BATCH"):
-        return None
-    from IPython.display import display
-
-    line = display({"text/plain": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
-
-    def show(ready: int, total: int, config: RunConfig) -> None:
-        line.update({"text/plain": f"run {ready + 1}/{total}: {config.label}"}, raw=True)
-
-    return show

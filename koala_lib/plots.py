@@ -6,18 +6,22 @@ import importlib.metadata
 import json
 import platform
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import stats  # type: ignore[import-untyped]
+
+Array = np.ndarray[Any, Any]
 
 DPI = 100  # inline pictures stay readable and small
 
@@ -74,6 +78,18 @@ def colour(method: str) -> str:
     return str(PALETTE.get(method, spare[zlib.crc32(method.encode()) % len(spare)]))
 
 
+def _shade(name: str, colours: Mapping[str, str] | None) -> str:
+    return colours[name] if colours else colour(name)
+
+
+def log_y(ax: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5, also where it spans less than a decade."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+
 def label(method: str) -> str:
     """Name of a method as the papers print it."""
     return LABELS.get(method, method)
@@ -104,6 +120,7 @@ def seeds(
     y: str,
     hue: str | None = None,
     order: Sequence[Any] | None = None,
+    colours: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Every seed as a point, beside it the mean and its 95 % t-interval.
@@ -114,6 +131,7 @@ def seeds(
         y: Column of the metric.
         hue: Column of the methods; without it the categories are the methods.
         order: Categories from left to right; default is the order of the data.
+        colours: Colour of each method or category where those of :func:`colour` do not tell them apart.
         ax: Where to draw; default is a new figure.
 
     Returns:
@@ -128,7 +146,7 @@ def seeds(
             rows = data[(data[x] == category) & ((data[hue] == method) if hue else True)]
             values = rows[y].to_numpy(dtype=float)
             centre = c + (m - (len(methods) - 1) / 2) * width
-            shade = colour(str(method if hue else category))
+            shade = _shade(str(method if hue else category), colours)
             spread = (np.arange(len(values)) - (len(values) - 1) / 2) * min(0.03, 0.2 / len(values)) * width
             ax.plot(centre - 0.1 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
             mean, half = interval(values)
@@ -141,13 +159,21 @@ def seeds(
     return ax
 
 
-def curves(data: pd.DataFrame, *, metric: str, hue: str = "optimizer", ax: Axes | None = None) -> Axes:
+def curves(
+    data: pd.DataFrame,
+    *,
+    metric: str,
+    hue: str = "optimizer",
+    colours: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Learning curves: every run thin, the mean over seeds thick.
 
     Args:
         data: What `koala_lib.runs.curves` returns: one row per run, epoch and metric.
         metric: The one to draw.
         hue: Column of the methods.
+        colours: As in :func:`seeds`.
         ax: Where to draw; default is a new figure.
 
     Returns:
@@ -155,7 +181,7 @@ def curves(data: pd.DataFrame, *, metric: str, hue: str = "optimizer", ax: Axes 
     """
     ax = ax or plt.subplots()[1]
     for method, rows in data[data["metric"] == metric].groupby(hue, sort=False):
-        shade = colour(str(method))
+        shade = _shade(str(method), colours)
         for _, one in rows.groupby("key"):
             ax.plot(one["epoch"], one["value"], lw=0.8, alpha=0.35, color=shade)
         mean = rows.groupby("epoch")["value"].mean()
@@ -163,6 +189,55 @@ def curves(data: pd.DataFrame, *, metric: str, hue: str = "optimizer", ax: Axes 
     ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
     ax.legend()
     return ax
+
+
+def steps(
+    axes: Array, record: pd.DataFrame, panels: Mapping[str, tuple[str, str, str]], *, method: str, window: int = 15
+) -> None:
+    """A run step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+
+    Args:
+        axes: One per panel.
+        record: One row a step, which is the index; a column that is missing is not drawn.
+        panels: Title -> column drawn solid, column drawn dashed, unit.
+        method: Gives colour and legend.
+        window: Steps of the running median.
+    """
+    smooth, shade = record.rolling(window, center=True, min_periods=1).median(), colour(method)
+    for ax, (title, (solid, dashed, unit)) in zip(axes.flat, panels.items(), strict=True):
+        if solid in record:
+            ax.semilogy(record.index, record[solid], lw=0.6, alpha=0.4, color=shade)
+            ax.semilogy(record.index, smooth[solid], lw=2, color=shade, label=label(method))
+        if dashed in record:
+            ax.semilogy(record.index, smooth[dashed], lw=1.4, ls="--", color=shade)
+        ax.set(title=title, xlabel="step $k$", ylabel=unit)
+    axes.flat[0].legend()
+
+
+def contours(
+    ax: Axes, function: Callable[[Array], Array], x: tuple[float, float], y: tuple[float, float], lines: int = 10
+) -> None:
+    """Grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
+
+    Args:
+        ax: Where to draw.
+        function: Points (N, 2) to values (N,).
+        x: Range of the first variable.
+        y: Range of the second.
+        lines: How many.
+    """
+    first, second = np.meshgrid(np.linspace(*x, 100), np.linspace(*y, 100))
+    values = np.asarray(function(np.stack([first.ravel(), second.ravel()], axis=1))).reshape(first.shape)
+    levels = np.geomspace(values.min(), values.max(), lines + 2)[1:-1]
+    ax.contour(first, second, values, levels=levels, colors="0.8", linewidths=0.8)
+    ax.set(xlim=x, ylim=y)
+
+
+def ellipse(ax: Axes, mean: Array, covariance: Array, **line: Any) -> None:
+    """The points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
+    angle = np.linspace(0, 2 * np.pi, 200)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    ax.plot(*(np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle), **line)
 
 
 def versions() -> dict[str, str]:
@@ -189,6 +264,8 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
     with mpl.rc_context({"savefig.bbox": "tight"}):
         fig.savefig(png, dpi=DPI, metadata={"Software": None})
         fig.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    with Image.open(png) as picture:  # 256 colours look the same and take a third of the bytes in a notebook
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
     (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")

@@ -21,10 +21,12 @@ class FiniteSum:
     Attributes:
         losses: the sample losses, x (n,) -> (m,); differentiable, float64.
         start: where runs begin, n numbers.
+        sizes: lengths of the tensors that x consists of, in order; ``None``: it is one tensor.
     """
 
     losses: Callable[[Tensor], Tensor]
     start: tuple[float, ...]
+    sizes: tuple[int, ...] | None = None
 
     def at(self, x: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
         """Sample losses (m,) and their gradients (m, n) at a point (n,)."""
@@ -60,7 +62,7 @@ def follow(
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     steps: int,
     *,
-    epsilon: Callable[[int], float],
+    epsilon: Callable[[int], float] | float = 1.0,
     samples: Tensor | None = None,
     sizes: Sequence[int] | None = None,
     target: Callable[[Tensor], Tensor] | None = None,
@@ -71,9 +73,9 @@ def follow(
         problem: what to minimise.
         optimizer: makes the optimizer from the list of parameters, e.g. ``lambda p: KoalaV(p, process_noise=0.1)``.
         steps: number of steps.
-        epsilon: k -> epsilon_k, the learning rate of step k = 1, 2, ...
+        epsilon: k -> epsilon_k, the learning rate of step k = 1, 2, ..., or a number for all of them.
         samples: indices (steps,) or (steps, B) of the sample losses that step k sees; ``None`` is full batch.
-        sizes: cut x into parameter tensors of these lengths, in order; ``None`` leaves it one tensor.
+        sizes: cut x into parameter tensors of these lengths, in order; ``None`` takes the problem's.
         target: minibatch loss -> target risk, which is subtracted from the losses before the optimizer sees them;
             ``None`` is 0. The record keeps the loss itself.
 
@@ -90,9 +92,10 @@ def follow(
     if samples is not None and len(samples) != steps:
         raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
     start = torch.tensor(problem.start, dtype=torch.float64)
-    if sizes is not None and sum(sizes) != len(start):
-        raise ValueError(f"sizes {list(sizes)} add up to {sum(sizes)}, but x has {len(start)} entries")
-    parts = [torch.nn.Parameter(part.clone()) for part in torch.split(start, list(sizes or [len(start)]))]
+    cuts = list(sizes or problem.sizes or [len(start)])
+    if sum(cuts) != len(start):
+        raise ValueError(f"sizes {cuts} add up to {sum(cuts)}, but x has {len(start)} entries")
+    parts = [torch.nn.Parameter(part.clone()) for part in torch.split(start, cuts)]
     algorithm = optimizer(parts)
     read_filter = getattr(algorithm, "filter_state", dict)
     seen: list[Tensor] = []
@@ -114,7 +117,7 @@ def follow(
             return losses if target is None else losses - target(mean.detach())
 
         for group in algorithm.param_groups:
-            group["lr"] = epsilon(k)
+            group["lr"] = epsilon(k) if callable(epsilon) else epsilon
         algorithm.step(closure)  # type: ignore[arg-type]  # torch's stub wants a float
 
     rows = torch.stack(seen)
@@ -160,6 +163,44 @@ def logistic(samples: int = 40, *, l2: float = 0.1) -> FiniteSum:
     return FiniteSum(
         lambda x: torch.nn.functional.softplus(-labels * (features @ x)) + l2 / 2 * (x**2).sum(), (-2.0, 3.0)
     )
+
+
+def least_squares(samples: int = 40) -> FiniteSum:
+    """Linear regression on two weights whose features differ in size, so that the mean loss is a long valley.
+
+    Sample i has the features (3 sin 2i, 0.5 cos 3i) and the observation feature_i . (1, 1) + 0.3 sin 7i:
+    l_i = 1/2 (feature_i . x - observation_i)^2.
+    """
+    i = torch.arange(samples, dtype=torch.float64)
+    features = torch.stack([3 * torch.sin(2 * i), 0.5 * torch.cos(3 * i)], dim=1)
+    observations = features.sum(dim=1) + 0.3 * torch.sin(7 * i)
+    return FiniteSum(lambda x: (features @ x - observations) ** 2 / 2, (-1.0, 3.0))
+
+
+def tanh_network(inputs: Tensor, labels: Tensor, *, hidden: int = 16, seed: int = 0) -> FiniteSum:
+    """Cross-entropy of a network with one hidden layer, W2 tanh(W1 x + b1) + b2, as a function of all its weights.
+
+    Args:
+        inputs: (m, inputs), one sample a row.
+        labels: (m,), from 0.
+        hidden: units of the hidden layer.
+        seed: of the starting point, normal with variance 1 / (inputs of the layer); biases start at 0.
+
+    Returns:
+        The problem; its tensors are W1, b1, W2, b2.
+    """
+    inputs, width, classes = inputs.double(), inputs.shape[1], int(labels.max()) + 1
+    sizes = (width * hidden, hidden, hidden * classes, classes)
+
+    def losses(x: Tensor) -> Tensor:
+        W1, b1, W2, b2 = torch.split(x, list(sizes))
+        logits = torch.tanh(inputs @ W1.view(width, hidden) + b1) @ W2.view(hidden, classes) + b2
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    spread = (width**-0.5, 0.0, hidden**-0.5, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    start = [s * torch.randn(n, generator=generator, dtype=torch.float64) for n, s in zip(sizes, spread, strict=True)]
+    return FiniteSum(losses, tuple(torch.cat(start).tolist()), sizes)
 
 
 def two_samples(start: float = 1.5) -> FiniteSum:

@@ -33,7 +33,8 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
         * ``innovation_variance``: S = P^ |h_i|^2 + R, in units of loss^2;
         * ``gain``: H K = P^ |h_i|^2 / S in [0, 1], the share of the innovation that the step removes from a linear
           loss; ``smallest_gain`` is that of the block with the smallest gradient;
-        * ``rate``: P^ e / S, with which an SGD step would be the same (12);
+        * ``rate``: P^ e / S, with which SGD would take the same step in that block (12); e = lr L under the relative
+          target, lr under the absolute one, without the penalty of weight decay;
         * ``predicted_variance``: P^ (A^ in KOALA-M);
         * the entries of ``filter_state()`` after the step: ``variance``, in KOALA-M ``covariance`` and
           ``velocity_variance``, ``process_noise``, ``measurement_noise``.
@@ -52,9 +53,10 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
         optimizer.zero_grad()
         losses = run.forward(x, y)
         losses.mean().backward()  # type: ignore[no-untyped-call]
-        norms, lr = _squared_block_norms(optimizer), float(optimizer.param_groups[0]["lr"])
+        norms, group = _squared_block_norms(optimizer), optimizer.param_groups[0]
         optimizer.step(loss=losses)
         state, loss, largest = optimizer.filter_state(), losses.mean().item(), max(norms)
+        residual = float(group["lr"]) * (loss if group["target_risk"] == "relative" else 1.0)
         S = kalman.innovation_variance(predicted, largest, state["measurement_noise"])
         smallest = kalman.innovation_variance(predicted, min(norms), state["measurement_noise"])
         rows.append(
@@ -65,7 +67,7 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
                 "innovation_variance": S,
                 "gain": predicted * largest / S,
                 "smallest_gain": predicted * min(norms) / smallest,
-                "rate": lr * predicted * loss / S,
+                "rate": predicted * residual / S,
                 "predicted_variance": predicted,
                 **state,
             }
@@ -76,8 +78,7 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
 def _batches(run: _Run) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch, with the schedule."""
     while True:
-        for batch in run.batches():
-            yield batch
+        yield from run.batches()
         run.scheduler.step()
         run.epoch += 1
 

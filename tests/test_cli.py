@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from sandbox import Project
 from typer.testing import CliRunner, Result
 
 from koala_lib import cli, paths, runs
@@ -88,7 +88,9 @@ def test_runs_that_the_grid_no_longer_has_leave_the_merged_file(trained: Trained
 
 
 def test_no_run_starts_that_would_not_fit_into_the_time_budget(trained: Trained) -> None:
-    output = koala("run", "--preset", "desktop", "--time-budget", "60").output  # the first run shows that one takes 100 s
+    output = koala(
+        "run", "--preset", "desktop", "--time-budget", "60"
+    ).output  # the first run shows that one takes 100 s
     assert len(trained) == 1
     assert "stopping: the next run needs about 100 s, 60 s are left" in output
     assert "1 done, 0 failed, 0 broken, 2 left for later" in output
@@ -150,7 +152,9 @@ def test_bad_input_ends_with_one_sentence(trained: Trained, arguments: list[str]
 # ---------------------------------------------------------------- report
 
 
-def test_the_report_names_every_notebook_and_shows_every_figure(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_every_notebook_and_shows_every_figure(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("koala/10_done", "koala/11_failed", "koala/12_missing"):
         project.notebook(name)
     (project.root / "data").mkdir()
@@ -193,6 +197,3 @@ def test_the_workflow_plans_a_job_for_each_notebook_and_at_desktop_for_each_run(
     plan = desktop.stdout + desktop.stderr
     assert plan.count(": run ") == 3
     assert plan.count(": notebook ") == 1
-    paper = snakemake(project, "-n", "--config", "preset=paper")
-    assert paper.returncode == 1
-    assert "no notebook has the preset 'paper'" in paper.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
-from conftest import PARAMETERS, Project
+from sandbox import PARAMETERS, Project
 from typer.testing import CliRunner
 
 from koala_lib import execute, nb, plots
@@ -26,7 +27,8 @@ SCHEMA = declared(PARAMETERS + '\nname: Optional[str] = None\nnote: str = "x"\nf
 
 
 def test_parameters_cell_is_read_in_order_with_types_and_defaults() -> None:
-    parsed = declared("a: int = -1\nb: float = 2\nc: list[str] = ['x']\nfrom typing import Optional\nd: Optional[int] = None")
+    optional = "from typing import Optional\nd: Optional[int] = None"
+    parsed = declared("a: int = -1\nb: float = 2\nc: list[str] = ['x']\n" + optional)
     assert [(p.name, p.kind, p.default) for p in parsed.values()] == [
         ("a", "int", -1), ("b", "float", 2.0), ("c", "list[str]", ["x"]), ("d", "Optional[int]", None),
     ]  # fmt: skip
@@ -43,7 +45,7 @@ def test_parameters_cell_is_read_in_order_with_types_and_defaults() -> None:
     ],
 )
 def test_a_line_outside_the_grammar_is_named(source: str, message: str) -> None:
-    with pytest.raises(ValueError, match="cell|parameter") as caught:
+    with pytest.raises(ValueError, match=r"cell|parameter") as caught:
         declared(source)
     assert message in str(caught.value)
 
@@ -108,7 +110,7 @@ def test_the_grid_follows_the_preset(project: Project) -> None:
 def test_a_wrong_preset_file_is_refused(project: Project, text: str, message: str) -> None:
     path = project.notebook("koala/20_tiny", grid=True)
     project.preset("desktop", "koala/20_tiny", text)
-    with pytest.raises(ValueError, match="preset|parameter") as caught:
+    with pytest.raises(ValueError, match=r"preset|parameter") as caught:
         nb.grid_of(path, "desktop")
     assert message in str(caught.value)
     with pytest.raises(ValueError, match="has no preset 'paper'"):
@@ -141,8 +143,8 @@ def test_a_failing_notebook_is_kept_and_named(project: Project) -> None:
     assert result.exit_code == 1
     assert "koala/20_tiny: cell [3] 'assert lr > 1, 'too small'' failed with AssertionError: too small" in result.output
     assert not out.exists()
-    outputs = [o for c in nbformat.read(project.root / "x.failed.ipynb", as_version=4).cells for o in c.get("outputs", [])]
-    assert outputs[-1].ename == "AssertionError"
+    kept = nbformat.read(project.root / "x.failed.ipynb", as_version=4)
+    assert kept.cells[-1].outputs[0].ename == "AssertionError"
 
 
 @pytest.mark.parametrize(
@@ -195,13 +197,13 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(project: Project, monke
 
 def test_normal_form_forgets_what_differs_between_two_executions() -> None:
     def executed(start: int, python: str, pieces: list[str]) -> nbformat.NotebookNode:
-        book = nbformat.v4.new_notebook(metadata={"papermill": {"duration": start}, "language_info": {"name": "python", "version": python}})
-        cell = nbformat.v4.new_code_cell("print(1)", id="a", execution_count=start, metadata={"execution": {"iopub.execute_input": python}})
+        cell = nbformat.v4.new_code_cell("print(1)", id="a", execution_count=start)
+        cell.metadata = {"execution": {"iopub.execute_input": python}, "papermill": {"duration": start}}
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=piece) for piece in pieces]
         cell.outputs.append(nbformat.v4.new_output("display_data", {"text/plain": ""}))
         cell.outputs.append(nbformat.v4.new_output("execute_result", {"text/plain": "1"}, execution_count=start))
-        book.cells = [cell]
-        return execute.normal_form(book)
+        about = {"papermill": {"duration": start}, "language_info": {"name": "python", "version": python}}
+        return execute.normal_form(nbformat.v4.new_notebook(metadata=about, cells=[cell]))
 
     one, other = executed(1, "3.11", ["a\n", "b\n"]), executed(7, "3.13", ["a\nb\n"])
     assert nbformat.writes(one) == nbformat.writes(other)
@@ -211,6 +213,21 @@ def test_normal_form_forgets_what_differs_between_two_executions() -> None:
 def test_nb_start_outside_a_notebook_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"nb\.start works inside a notebook"):
         nb.start("x")
+
+
+def test_the_page_shows_formulas_and_links_without_the_network(tmp_path: Path) -> None:
+    text = "$\\hat x_k$ and `$code$` [index](../00.ipynb#top) [paper](https://arxiv.org/a.ipynb)\n\n"
+    text += "| a |\n|---|\n| $|g|^2$ |\n"
+    text += "\n$$\\begin{aligned}a&=b\\\\c&=d\\end{aligned}$$\n\n$\\begin{nonsense}1&2\\end{nonsense}$"
+    book = execute.normal_form(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]))
+    nbformat.write(book, tmp_path / "x.ipynb")
+    page = execute.to_html(tmp_path / "x.ipynb").read_text()
+    assert page.count("<math") == 3
+    assert "<code>$code$</code>" in page
+    assert "<code>\\begin{nonsense}1&amp;2\\end{nonsense}</code>" in page
+    assert 'href="../00.html#top"' in page
+    assert 'href="https://arxiv.org/a.ipynb"' in page
+    assert not re.findall(r'(?:src|href)="https?://(?!arxiv)', page)
 
 
 # ---------------------------------------------------------------- figures

@@ -231,7 +231,7 @@ def fresh_compiler() -> Iterator[None]:
 def fused_and_foreach() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     nets = Net(), Net()
     for net, path in zip(nets, ({"fused": True}, {"foreach": True}), strict=True):
-        optimizer = KoalaM(net.parameters(), weight_decay=0.02, **path)
+        optimizer = KoalaM(net.parameters(), weight_decay=0.3, **path)
         eventful(net, optimizer)
     fused, foreach = (dict(net.state_dict()) for net in nets)
     return fused, foreach

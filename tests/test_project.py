@@ -9,6 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from koala_lib import paths
+from koala_lib.claims import replace_block
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
@@ -22,7 +25,8 @@ def _split(requirement: str) -> tuple[str, str]:
 
 def test_environment_yml_has_the_requirements_of_pyproject_with_the_same_bounds() -> None:
     extras = PROJECT["optional-dependencies"]
-    wanted = dict(map(_split, PROJECT["dependencies"] + sum((extras[e] for e in extras if e != "all"), [])))
+    listed = [r for extra, requirements in extras.items() if extra != "all" for r in requirements]
+    wanted = dict(map(_split, PROJECT["dependencies"] + listed))
     wanted = {ON_CONDA_FORGE.get(n, n): bound for n, bound in wanted.items() if n not in PIP_ONLY}
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     *conda, last = dependencies
@@ -57,7 +61,11 @@ def test_citation_names_the_version_and_the_three_papers() -> None:
 
 
 def test_the_readme_has_one_scoreboard_block_that_the_report_can_refresh() -> None:
-    from koala_lib.claims import replace_block
-
     text = (ROOT / "README.md").read_text()
     assert "| new |" in replace_block(text, "| new |")
+
+
+def test_a_test_run_has_a_store_and_a_report_of_its_own() -> None:
+    for folder in (paths.runs_dir(), paths.report_dir(), paths.figures_dir()):
+        assert not folder.is_relative_to(ROOT)
+        assert folder.parent == paths.runs_dir().parent  # the one that conftest.py made, on every worker

@@ -75,8 +75,8 @@ def _compiled_correct() -> Callable[..., None]:
 
     def correct(params: list[Tensor], velocities: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
         # What torch 2.13 compiles for the CPU does not change a 0-dim float64 tensor in place.
-        lists = ([t.view(1) if t.dim() == 0 else t for t in ts] for ts in (params, velocities, grads))
-        compiled(*lists, *rest)
+        x, p, g = ([t.view(1) if t.dim() == 0 else t for t in ts] for ts in (params, velocities, grads))
+        compiled(x, p, g, *rest)
 
     return correct
 
@@ -325,7 +325,8 @@ class KoalaV(_Koala):
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
 
     Differs from the authors' code unless ``formulas="released"``: there the step follows the gradient without weight
-    decay, although S uses it. Extra memory: none with a fixed process noise, one tensor per parameter without.
+    decay, although S uses it. Extra memory: none with a fixed process noise, one tensor per parameter without, of the
+    parameter's dtype. The filter is kept in float64, whatever the dtype of the weights.
 
     Example, the loss x^2 / 2 at x = 2 (loss 2, gradient 2): P^ = 0.1 + 1, S = 1.1 * 4 + 1, x = 2 - 1.1 * 2 / 5.4 * 2.
 

@@ -203,6 +203,7 @@ class ReferenceKoalaV(_Koala):
                 direction = tile.g if self.formulas == "released" else tile.h
                 tile.x -= P * (tile.epsilon * block.e) / S * direction
         self.eta = max(block.h2 / S for block, S in zip(blocks, self.S, strict=True))
+        # (13) in the form that (25) asks for. It loses digits where P |h|² >> R; the fast code writes R/S P.
         self.P = P - self.eta * P**2
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from koala_lib import nb, paths
 from koala_lib.parameters import PRESETS
@@ -182,7 +183,20 @@ def _merge(grids: Mapping[str, list[RunConfig]], preset: str, results: Iterable[
                 write_json(file, {"runs": [r.to_json() for r in new]})
 
 
-@app.command()
+class _Pairs(TyperCommand):
+    """``-p name value``, as papermill has it, any number of times; typer itself knows one value an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest, joined = iter(args), []
+        for word in rest:
+            joined.append(word)
+            if word in ("-p", "--parameter"):
+                name = next(rest, "")
+                joined.append(name if "=" in name else f"{name}={next(rest, '')}")
+        return super().parse_args(ctx, joined)
+
+
+@app.command(cls=_Pairs)
 def notebook(
     path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
     preset: Preset = "quick",
@@ -191,7 +205,7 @@ def notebook(
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself, without a page")] = False,
     parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")
+        list[str] | None, typer.Option("--parameter", "-p", help="name value, may be repeated")
     ] = None,
 ) -> None:
     """Execute one notebook and write it, normalised, with an HTML page.
@@ -206,7 +220,7 @@ def notebook(
             raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
         if output is not None and output.suffix != ".ipynb":
             raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
-        given = dict(_pair(text) for text in parameter or [])
+        given = {name: value for name, _, value in (text.partition("=") for text in parameter or [])}
         values = execute.parameters(file, preset, given)
     target = (output or file).resolve()
     try:
@@ -222,13 +236,6 @@ def _notebook_file(text: str) -> Path:
         if file.is_file():
             return file.resolve()
     raise ValueError(f"no notebook {text!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"-p {text}: expected name=value")
-    return name.strip(), value
 
 
 @app.command()

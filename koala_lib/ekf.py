@@ -31,7 +31,7 @@ class Estimates(NamedTuple):
     covariances: Tensor
 
 
-def extended_kalman_filter(
+def dense_filter(
     problem: FiniteSum,
     steps: int,
     *,
@@ -64,8 +64,8 @@ def extended_kalman_filter(
         ValueError: if the matrices differ in shape, or ``samples`` has not one row a step.
 
     >>> from koala_lib.problems import quadratic
-    >>> run = extended_kalman_filter(quadratic([1.0], start=[2.0]), 1, initial_covariance=[[0.5]], transition=[[1.0]],
-    ...                              process_noise=[[0.5]], measurement_noise=4.0)
+    >>> run = dense_filter(quadratic([1.0], start=[2.0]), 1, initial_covariance=[[0.5]], transition=[[1.0]],
+    ...                    process_noise=[[0.5]], measurement_noise=4.0)
     >>> run.states.item(), run.covariances.item()  # x = 2 - 1 * 2 / 8 * 2, P = 4 / 8 * 1
     (1.5, 0.5)
     """

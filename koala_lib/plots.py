@@ -18,6 +18,7 @@ import pandas as pd
 import seaborn as sns  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from scipy import stats  # type: ignore[import-untyped]
 
@@ -192,26 +193,40 @@ def curves(
 
 
 def steps(
-    axes: Array, record: pd.DataFrame, panels: Mapping[str, tuple[str, str, str]], *, method: str, window: int = 15
-) -> None:
-    """A run step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+    records: Mapping[str, pd.DataFrame],
+    panels: Mapping[str, tuple[str, str, str]],
+    *,
+    columns: int = 3,
+    window: int = 15,
+) -> Figure:
+    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
 
     Args:
-        axes: One per panel.
-        record: One row a step, which is the index; a column that is missing is not drawn.
+        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
         panels: Title -> column drawn solid, column drawn dashed, unit.
-        method: Gives colour and legend.
+        columns: Panels side by side.
         window: Steps of the running median.
+
+    Returns:
+        The figure.
     """
-    smooth, shade = record.rolling(window, center=True, min_periods=1).median(), colour(method)
-    for ax, (title, (solid, dashed, unit)) in zip(axes.flat, panels.items(), strict=True):
-        if solid in record:
-            ax.semilogy(record.index, record[solid], lw=0.6, alpha=0.4, color=shade)
-            ax.semilogy(record.index, smooth[solid], lw=2, color=shade, label=label(method))
-        if dashed in record:
-            ax.semilogy(record.index, smooth[dashed], lw=1.4, ls="--", color=shade)
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), sharex=True, squeeze=False)
+    for ax, (title, (solid, dashed, unit)) in zip(axes.flat, panels.items(), strict=False):
+        for method, record in records.items():
+            x, smooth = record["step"], record.rolling(window, center=True, min_periods=1).median()
+            if solid in record:
+                ax.semilogy(x, record[solid], lw=0.6, alpha=0.4, color=colour(method))
+                ax.semilogy(x, smooth[solid], lw=2, color=colour(method), label=label(method))
+            if dashed in record:
+                ax.semilogy(x, smooth[dashed], lw=1.4, ls="--", color=colour(method))
         ax.set(title=title, xlabel="step $k$", ylabel=unit)
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        ax.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else NullFormatter())
     axes.flat[0].legend()
+    return fig
 
 
 def contours(

@@ -16,9 +16,10 @@ import pytest
 from sandbox import PARAMETERS, Project
 from typer.testing import CliRunner
 
-from koala_lib import execute, nb, plots
+from koala_lib import claims, execute, nb, plots, runs
 from koala_lib.cli import app
 from koala_lib.parameters import declared, from_text, resolve
+from koala_lib.train import RunConfig, RunResult
 
 SCHEMA = declared(PARAMETERS + '\nname: Optional[str] = None\nnote: str = "x"\nflag: bool = False')
 
@@ -123,7 +124,7 @@ def test_a_wrong_preset_file_is_refused(project: Project, text: str, message: st
 def test_koala_notebook_executes_in_this_interpreter_and_writes_the_normal_form(project: Project) -> None:
     path = project.notebook("koala/20_tiny", "import sys\nprint(sys.executable)\nprint(lr, widths)", "lr")
     out = project.root / "out" / "x.ipynb"
-    result = CliRunner().invoke(app, ["notebook", str(path), "-o", str(out), "-p", "lr=1e-3", "-p", "widths=[5]"])
+    result = CliRunner().invoke(app, ["notebook", str(path), "-o", str(out), "-p", "lr", "1e-3", "-p", "widths=[5]"])
     assert result.exit_code == 0, result.output
     done = nbformat.read(out, as_version=4)
     codes = [c for c in done.cells if c.cell_type == "code"]
@@ -150,9 +151,9 @@ def test_a_failing_notebook_is_kept_and_named(project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "stpes=20"], "unknown parameter stpes"),
+        (["-p", "stpes", "20"], "unknown parameter stpes"),
         (["-p", "lr=fast"], "parameter lr: expected float, got str 'fast'"),
-        (["-p", "lr"], "-p lr: expected name=value"),
+        (["-p", "lr"], "parameter lr: expected float, got str ''"),
         (["--preset", "desktop"], "koala/20_tiny has no preset 'desktop'"),
         (["--preset", "tiny"], "preset 'tiny' is none of"),
     ],
@@ -228,6 +229,53 @@ def test_the_page_shows_formulas_and_links_without_the_network(tmp_path: Path) -
     assert 'href="../00.html#top"' in page
     assert 'href="https://arxiv.org/a.ipynb"' in page
     assert not re.findall(r'(?:src|href)="https?://(?!arxiv)', page)
+
+
+# ---------------------------------------------------------------- inside a notebook
+
+
+def context(**params: object) -> nb.Notebook:
+    return nb.Notebook("koala/20_tiny", "quick", {"device": "cpu", **params}, runs.Store())
+
+
+def test_run_shows_progress_to_a_person_and_leaves_one_stable_line(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = nb.grid_of(project.notebook("koala/20_tiny", grid=True))
+    shown: list[str] = []
+
+    class Line:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            shown.append(data["text/plain"])
+
+    def train(config: RunConfig, **_: object) -> RunResult:
+        return RunResult(config.key, config, "failed" if config.seed else "done", (), provenance={})
+
+    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: Line())
+    monkeypatch.delenv("KOALA_BATCH", raising=False)
+    results = context().run(grid)
+    assert [r.status for r in results] == ["done", "failed"]
+    assert shown == [f"run 1/2: {grid[0].label}", f"run 2/2: {grid[1].label}", ""]
+    assert capsys.readouterr().out == "2 runs: 1 done, 1 failed\n"
+
+
+def test_verdicts_are_printed_and_written_for_the_scoreboard(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project.root / "data").mkdir()
+    (project.root / "data" / "claims").symlink_to(Path(__file__).resolve().parent.parent / "data" / "claims")
+    known = claims.load("koala").values()
+    claim = next(c for c in known if "quick" in c.judge and c.judge["quick"].test == "holds")
+    other = next(c for c in known if "paper" in c.judge and "quick" not in c.judge)
+    notebook = context()
+    notebook.judge(claim.id, holds={"first": True, "second": True})
+    notebook.judge(other.id)
+    notebook.verdicts()
+    assert [(v.claim_id, v.status) for v in claims.saved()] == [(claim.id, "reproduced"), (other.id, claims.NOT_RUN)]
+    printed = capsys.readouterr().out
+    assert claim.id in printed
+    assert "reproduced" in printed
 
 
 # ---------------------------------------------------------------- figures

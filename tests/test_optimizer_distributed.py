@@ -44,6 +44,16 @@ def single(case: Case) -> tuple[Net, Any, Tensor]:
     return net, optimizer, returned
 
 
+def skipped_below(threshold: float) -> int:
+    """Whether a step with a gradient of norm 1 on every rank is skipped."""
+    x = nn.Parameter(torch.zeros(1))
+    optimizer = REPLICAS[0]([x], min_grad_norm=threshold, process_group=distributed.group.WORLD)
+    optimizer.predict()
+    x.grad = torch.ones(1)
+    optimizer.step(loss=torch.ones(3))
+    return optimizer.skipped_steps
+
+
 def sharded(case: Case, mesh: Any, foreach: bool) -> dict[str, Any]:
     """The same net with DTensors; `out` stays a plain tensor on every rank."""
     net = Net()
@@ -84,6 +94,7 @@ def work(rank: int, folder: str) -> None:
         results[f"{case} calls"] = len(calls)
     results["implicit"] = replica(REPLICAS[0], rank, None)
     distributed.all_reduce = all_reduce
+    results["skipped"] = [skipped_below(0.9), skipped_below(1.1)]
     mesh = init_device_mesh("cpu", (2,))
     for case in FILTERS:
         for foreach in (False, True):
@@ -111,6 +122,10 @@ def test_replicas_follow_a_single_process_on_the_joined_batch(case: Case, ranks:
     torch.testing.assert_close(first["returned"], returned, rtol=1e-10, atol=0)
     by_hand = 5  # all_reduce calls of the test itself per step
     assert ranks[0][f"{case} calls"] == STEPS * (by_hand + 1)
+
+
+def test_the_threshold_of_small_gradients_does_not_grow_with_the_ranks(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["skipped"] for rank in ranks] == [[0, 1], [0, 1]]
 
 
 def test_a_process_group_is_never_implicit(ranks: list[dict[str, Any]]) -> None:

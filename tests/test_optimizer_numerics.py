@@ -61,7 +61,7 @@ def test_half_precision_rounds_a_step_once(case: Case, dtype: torch.dtype) -> No
         generator = torch.Generator().manual_seed(0)
         start, gradient = (torch.randn(500, generator=generator).to(torch.bfloat16).to(torch.float16) for _ in "xg")
         p = nn.Parameter(start.to(dtype))
-        optimizer = case([p], weight_decay=0.0, lr=0.1)
+        optimizer = case([p], weight_decay=0.0, lr=100.0)  # a step of about 0.1 g
         optimizer.predict()
         p.grad = gradient.to(dtype)
         optimizer.step(loss=torch.tensor(0.5, dtype=dtype))

@@ -137,7 +137,8 @@ def test_metrics_against_a_plain_evaluation() -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_other_optimizers_of_the_tables_train(optimizer: str) -> None:
     rate = {"sgd": 0.1, "adam": 1e-2}[optimizer]
-    result = train.train(QUICK.but(optimizer=optimizer, optimizer_args={"lr": rate}, epochs=6, milestones=(), augment=False))
+    plain = QUICK.but(epochs=6, milestones=(), augment=False)
+    result = train.train(plain.but(optimizer=optimizer, optimizer_args={"lr": rate}))
     assert result.epochs[-1]["train_loss"] < 0.7 * result.epochs[0]["train_loss"]
 
 

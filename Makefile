@@ -38,7 +38,7 @@ bench: setup ## time and memory of a step of each optimizer
 	$(KOALA) bench
 
 figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
-	find notebooks -name '*.ipynb' -not -path '*/.*' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
+	find notebooks -name '*.ipynb' -not -path '*/.*' -not -name '*.failed.ipynb' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
 	  xargs -0 -n 1 -P $(JOBS) $(KOALA) notebook --in-place
 	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --readme
 

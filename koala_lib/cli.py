@@ -6,14 +6,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from typer.core import TyperCommand
 
 from koala_lib import nb, paths
 from koala_lib.parameters import PRESETS
@@ -103,7 +102,7 @@ def run(
     Exit code 0: every run is done, or was left for later by the time budget; 3: some runs diverged and are stored as
     failed; 1: something broke.
     """
-    from koala_lib.runs import Store
+    from koala_lib.runs import Store, merge_results, results_file
 
     if allow_unverified_data:
         os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
@@ -119,7 +118,8 @@ def run(
     trained, broken = _train(todo, list(known.values()), store, device, time_budget)
     results = [known[k] for k in wanted if k in known] + trained
     if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
-        _merge(grids, preset, results)
+        for name, grid in grids.items():
+            merge_results(results_file(preset, name), grid, results)
     failed = sum(r.status == "failed" for r in results)
     left = len(wanted) - len(results) - broken
     typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
@@ -162,41 +162,7 @@ def _estimate(config: RunConfig, finished: Iterable[RunResult]) -> float:
     return max((r.provenance["seconds"] / r.config.epochs * config.epochs for r in like or done), default=0.0)
 
 
-def _merge(grids: Mapping[str, list[RunConfig]], preset: str, results: Iterable[RunResult]) -> None:
-    """Bring the committed file of every notebook up to date: its grid's finished runs, in the grid's order.
-
-    Runs that the grid no longer has (an older algorithm, another setting) go, or a table would show them twice.
-    """
-    from filelock import FileLock
-
-    from koala_lib.runs import read_results, results_file, write_json
-
-    found = {r.key: r for r in results}
-    paths.runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.runs_dir() / "merge.lock"):
-        for name, grid in grids.items():
-            file = results_file(preset, name)
-            old = read_results(file)
-            have = found | {r.key: r for r in old}
-            new = [have[key] for key in dict.fromkeys(c.key for c in grid) if key in have]
-            if new != old:
-                write_json(file, {"runs": [r.to_json() for r in new]})
-
-
-class _Pairs(TyperCommand):
-    """``-p name value``, as papermill has it, any number of times; typer itself knows one value an option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest, joined = iter(args), []
-        for word in rest:
-            joined.append(word)
-            if word in ("-p", "--parameter"):
-                name = next(rest, "")
-                joined.append(name if "=" in name else f"{name}={next(rest, '')}")
-        return super().parse_args(ctx, joined)
-
-
-@app.command(cls=_Pairs)
+@app.command()
 def notebook(
     path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
     preset: Preset = "quick",
@@ -205,7 +171,7 @@ def notebook(
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself, without a page")] = False,
     parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", help="name value, may be repeated")
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")
     ] = None,
 ) -> None:
     """Execute one notebook and write it, normalised, with an HTML page.
@@ -220,7 +186,7 @@ def notebook(
             raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
         if output is not None and output.suffix != ".ipynb":
             raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
-        given = {name: value for name, _, value in (text.partition("=") for text in parameter or [])}
+        given = dict(_pair(text) for text in parameter or [])
         values = execute.parameters(file, preset, given)
     target = (output or file).resolve()
     try:
@@ -236,6 +202,13 @@ def _notebook_file(text: str) -> Path:
         if file.is_file():
             return file.resolve()
     raise ValueError(f"no notebook {text!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"-p {text}: expected name=value")
+    return name.strip(), value
 
 
 @app.command()

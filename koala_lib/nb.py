@@ -36,7 +36,8 @@ def name_of(path: Path) -> str:
 
 def all_notebooks() -> dict[str, Path]:
     """Every notebook of the repository by name, in reading order."""
-    found = (p for p in paths.notebooks().rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    found = paths.notebooks().rglob("*.ipynb")
+    found = (p for p in found if ".ipynb_checkpoints" not in p.parts and not p.name.endswith(".failed.ipynb"))
     return {name_of(p): p for p in sorted(found)}
 
 

@@ -83,7 +83,7 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
     return colours[name] if colours else colour(name)
 
 
-def log_y(ax: Axes) -> None:
+def _log_y(ax: Axes) -> None:
     """A logarithmic axis with plain numbers at 1, 2 and 5, also where it spans less than a decade."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -192,6 +192,32 @@ def curves(
     return ax
 
 
+def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
+    """A table as a picture, two panels a data set: test error of every seed, and training loss over the epochs.
+
+    Args:
+        table: What `koala_lib.runs.table` returns.
+        losses: What `koala_lib.runs.curves` returns.
+        by: Column of both that names the rows of the table.
+        colours: Colour of each row, in the table's order.
+
+    Returns:
+        The figure.
+    """
+    names = sorted(set(table["dataset"]))
+    fig, axes = plt.subplots(len(names), 2, figsize=(12, 3.6 * len(names)), squeeze=False)
+    for (left, right), name in zip(axes, names, strict=True):
+        here = table[table["dataset"] == name]
+        seeds(here, x=by, y="test_error", order=list(colours), colours=colours, ax=left)
+        curves(losses[losses["dataset"] == name], metric="train_loss", hue=by, colours=colours, ax=right)
+        left.set(title=f"{name}, n = {here['seed'].nunique()} seeds", ylabel="top-1 test error (%)")
+        left.tick_params(axis="x", rotation=25)
+        right.set(title=name, ylabel="training loss (nats)")
+        _log_y(right)
+        right.legend(fontsize="small", loc="upper right")
+    return fig
+
+
 def steps(
     records: Mapping[str, pd.DataFrame],
     panels: Mapping[str, tuple[str, str, str]],
@@ -211,7 +237,7 @@ def steps(
         The figure.
     """
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), sharex=True, squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.9 * columns, 3.1 * rows), sharex=True, squeeze=False)
     for ax, (title, (solid, dashed, unit)) in zip(axes.flat, panels.items(), strict=False):
         for method, record in records.items():
             x, smooth = record["step"], record.rolling(window, center=True, min_periods=1).median()

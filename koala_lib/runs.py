@@ -146,11 +146,22 @@ def read_results(file: Path) -> list[RunResult]:
         raise ValueError(f"{file} is no file of results ({error!r}): restore it from git") from error
 
 
-def merge_results(file: Path, results: Iterable[RunResult]) -> None:
-    """Add runs to a committed file; a run of the same key is replaced, the order is that of the labels."""
-    merged = {r.key: r for r in [*read_results(file), *results]}
-    ordered = sorted(merged.values(), key=lambda r: (r.config.label, r.key))
-    write_json(file, {"runs": [r.to_json() for r in ordered]})
+def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunResult]) -> None:
+    """Bring a committed file up to date: the finished runs of a grid, in its order; one writer at a time.
+
+    Runs that the grid no longer has (an older algorithm, another setting) go, or a table would show them twice. Runs of
+    the grid on another copy of the data stay, with the tag that says so.
+    """
+    paths.runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.runs_dir() / "merge.lock"):
+        old = read_results(file)
+        have = {r.key: r for r in [*old, *results]}
+        configs = {c.key: c for c in grid}
+        tagged = [r for r in old if r.provenance["data"]["tag"] and r.config in configs.values()]
+        new = [have[key] for key in configs if key in have]
+        new += [r for r in tagged if r.key not in configs]
+        if new != old:
+            write_json(file, {"runs": [r.to_json() for r in new]})
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

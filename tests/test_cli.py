@@ -37,7 +37,7 @@ def trained(project: Project, monkeypatch: pytest.MonkeyPatch) -> Trained:
         calls.append(config)
         on_step(1, 1)
         metrics = {"train_loss": 1.0, "test_loss": 1.0, "test_error": 10.0, "test_error_top5": 1.0, "lr": 0.1}
-        return RunResult(config.key, config, "done", (metrics,), None, {"seconds": 100.0})
+        return RunResult(config.key, config, "done", (metrics,), None, {"seconds": 100.0, "data": {"tag": ""}})
 
     monkeypatch.setattr(runs, "train", train)
     return calls
@@ -103,7 +103,7 @@ def test_no_run_starts_that_would_not_fit_into_the_time_budget(trained: Trained)
 
 def test_a_diverged_run_is_a_result_with_its_own_exit_code(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(config: RunConfig, **_: object) -> RunResult:
-        return RunResult(config.key, config, "failed", (), 7, {"seconds": 1.0})
+        return RunResult(config.key, config, "failed", (), 7, {"seconds": 1.0, "data": {"tag": ""}})
 
     monkeypatch.setattr(runs, "train", diverge)
     result = koala("run", "--preset", "desktop")

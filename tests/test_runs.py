@@ -17,7 +17,7 @@ CONFIG = RunConfig(dataset="digits", model="resnet8", optimizer="koala_m", epoch
 
 def result_of(config: RunConfig, error: float = 5.0) -> RunResult:
     epochs = tuple({"train_loss": 1.0 / e, "test_error": error / e} for e in range(1, config.epochs + 1))
-    return RunResult(config.key, config, "done", epochs, None, {"seconds": 1.0})
+    return RunResult(config.key, config, "done", epochs, None, {"seconds": 1.0, "data": {"tag": ""}})
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_full_disk_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch
 
 def test_committed_results_count_as_done(store: Store, trained: list[RunConfig]) -> None:
     file = runs.results_file("desktop", "koala/20_table2")
-    runs.merge_results(file, [result_of(CONFIG)])
+    runs.merge_results(file, [CONFIG], [result_of(CONFIG)])
     assert store.run(CONFIG) == result_of(CONFIG)
     assert trained == []
 
@@ -113,15 +113,27 @@ def test_committed_results_keep_the_key_they_were_made_with(store: Store) -> Non
     assert store.get("0123456789abcdef") is not None
 
 
-def test_merging_replaces_by_key_and_keeps_one_order(store: Store) -> None:
+def test_merging_follows_the_grid(store: Store) -> None:
     file = runs.results_file("desktop", "x")
-    one, two = result_of(CONFIG), result_of(CONFIG.but(seed=1))
-    runs.merge_results(file, [two, one])
-    first = file.read_text()
-    runs.merge_results(file, [one])
-    assert file.read_text() == first
-    runs.merge_results(file, [result_of(CONFIG, error=9.0)])
+    one, two, three = (CONFIG.but(seed=s) for s in (1, 2, 3))
+    runs.merge_results(file, [two, one, three], [result_of(one), result_of(two)])
+    assert [r.config.seed for r in runs.read_results(file)] == [2, 1]
+    first = file.stat().st_mtime_ns
+    runs.merge_results(file, [two, one, three], [result_of(one)])
+    assert file.stat().st_mtime_ns == first  # nothing new, nothing written
+    runs.merge_results(file, [one, two], [result_of(one, error=9.0)])
     assert [r.final["test_error"] for r in runs.read_results(file)] == [4.5, 2.5]
+    runs.merge_results(file, [three, two], [result_of(three)])
+    assert [r.config.seed for r in runs.read_results(file)] == [3, 2]
+
+
+def test_merging_keeps_runs_on_another_copy_of_the_data(store: Store) -> None:
+    file = runs.results_file("paper", "x")
+    copy = RunResult("00aa", CONFIG, "done", ({"test_error": 1.0},), None, {"data": {"tag": "unverified: content 12"}})
+    gone = RunResult("00bb", CONFIG.but(epochs=9), "done", (), None, {"data": {"tag": "unverified: content 12"}})
+    runs.write_json(file, {"runs": [copy.to_json(), gone.to_json()]})
+    runs.merge_results(file, [CONFIG], [result_of(CONFIG)])
+    assert [r.key for r in runs.read_results(file)] == [CONFIG.key, "00aa"]
 
 
 def test_results_that_are_none_are_named(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def all_notebooks() -> dict[str, Path]:
     return {name_of(p): p for p in sorted(found)}
 
 
+def title_of(path: Path) -> str:
+    """The heading of a notebook's first cell, without the mark."""
+    import nbformat
+
+    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
+    return str(first.source).splitlines()[0].lstrip("# ")
+
+
 def tagged_source(path: Path, tag: str) -> str | None:
     """Source of the one code cell with a tag; ``None`` without one, an error with several."""
     import nbformat

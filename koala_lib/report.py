@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from pathlib import Path
 
 import mistune
@@ -19,15 +20,17 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }}
 figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555; font-size: .9rem }}
-.failed {{ color: #b00020 }}
+.failed, .contradicted {{ color: #b00020 }} .reproduced {{ color: #1b6e2e }} .inconclusive {{ color: #8a5a00 }}
 </style></head><body>
 <h1>koala_lib: what reproduces</h1>
 <h2>Notebooks</h2>
 {notebooks}
 <h2>Scoreboard</h2>
-{scoreboard}
+{short}
 <h2>Figures</h2>
 {figures}
+<h2>Every claim</h2>
+{full}
 </body></html>
 """
 
@@ -45,20 +48,28 @@ def build() -> Path:
     """
     folder = paths.report_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    tables = mistune.create_markdown(plugins=["table"])(scoreboard(full=True))
-    page = _PAGE.format(notebooks=_notebooks(folder), scoreboard=tables, figures=_figures(folder))
+    page = _PAGE.format(
+        notebooks=_notebooks(folder), short=_table(full=False), figures=_figures(folder), full=_table(full=True)
+    )
     index = folder / "index.html"
     index.write_text(page, encoding="utf-8")
     return index
 
 
+def _table(*, full: bool) -> str:
+    """The scoreboard as HTML, its cells in the colour of their verdict."""
+    table = str(mistune.create_markdown(plugins=["table"])(scoreboard(full=full)))
+    return re.sub(r"<td([^>]*)>(reproduced|inconclusive|contradicted)\b", r'<td\1 class="\2">\2', table)
+
+
 def _notebooks(folder: Path) -> str:
     """A line a notebook of the repository: a link where it was executed, a word where it failed or is missing."""
     lines = []
-    for name in nb.all_notebooks():
+    for name, file in nb.all_notebooks().items():
+        title = html.escape(nb.title_of(file))
         page = folder / "notebooks" / f"{name}.html"
         failed = page.with_suffix(".failed.ipynb")
-        link = f'<a href="notebooks/{html.escape(name)}.html">{html.escape(name)}</a>'
+        link = f'<a href="notebooks/{html.escape(name)}.html">{html.escape(name)}</a>: {title}'
         if failed.exists():
             where = html.escape(failed.relative_to(folder).as_posix())
             lines.append(f'{html.escape(name)}: <span class="failed">failed</span>, see <a href="{where}">{where}</a>')

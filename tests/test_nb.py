@@ -124,7 +124,7 @@ def test_a_wrong_preset_file_is_refused(project: Project, text: str, message: st
 def test_koala_notebook_executes_in_this_interpreter_and_writes_the_normal_form(project: Project) -> None:
     path = project.notebook("koala/20_tiny", "import sys\nprint(sys.executable)\nprint(lr, widths)", "lr")
     out = project.root / "out" / "x.ipynb"
-    result = CliRunner().invoke(app, ["notebook", str(path), "-o", str(out), "-p", "lr", "1e-3", "-p", "widths=[5]"])
+    result = CliRunner().invoke(app, ["notebook", str(path), "-o", str(out), "-p", "lr=1e-3", "-p", "widths=[5]"])
     assert result.exit_code == 0, result.output
     done = nbformat.read(out, as_version=4)
     codes = [c for c in done.cells if c.cell_type == "code"]
@@ -151,9 +151,9 @@ def test_a_failing_notebook_is_kept_and_named(project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "stpes", "20"], "unknown parameter stpes"),
+        (["-p", "stpes=20"], "unknown parameter stpes"),
         (["-p", "lr=fast"], "parameter lr: expected float, got str 'fast'"),
-        (["-p", "lr"], "parameter lr: expected float, got str ''"),
+        (["-p", "lr"], "-p lr: expected name=value"),
         (["--preset", "desktop"], "koala/20_tiny has no preset 'desktop'"),
         (["--preset", "tiny"], "preset 'tiny' is none of"),
     ],

@@ -290,7 +290,7 @@ def test_squared_norms_of_several_tensors_keep_their_order() -> None:
     assert squared_norms([]) == []
 
 
-@pytest.mark.parametrize("scale", [1e-16, 1e16])
+@pytest.mark.parametrize("scale", [1e-16, 5e17])
 def test_squared_norms_neither_overflow_nor_vanish(scale: float) -> None:
     for size in (100, 5000):
         (squared,) = squared_norms([torch.full((size,), scale)])

@@ -140,7 +140,7 @@ class LossFilter(torch.optim.Optimizer):
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
         if losses.numel() == 0:
             raise ValueError("losses are empty: a step needs at least one sample")
-        values = losses.detach().to(self._filter().device).to(self._filter().dtype)
+        values = losses.to(self._filter().device).to(self._filter().dtype)
         count = torch.full_like(values.sum(), losses.numel())
         seen = torch.stack([values.sum(), values.square().sum(), count])
         self._observed = seen if self._observed is None else self._observed + seen
@@ -255,7 +255,7 @@ class LossFilter(torch.optim.Optimizer):
                 "it was saved by another optimizer or by other options"
             )
         super().__setstate__(state)
-        self._share_filter(saved.clone())
+        self._share_filter(saved)
         self._observed = None
 
     def _share_filter(self, values: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Precision, cost and speed paths of the optimizers in `optimizers.CASES`, and that they do optimise."""
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -237,6 +238,8 @@ def fused_and_foreach() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return fused, foreach
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("error:fused")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_fused_compiles_and_equals_foreach() -> None:
     fused, foreach = fused_and_foreach()

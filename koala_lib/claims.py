@@ -19,7 +19,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,8 @@ from koala_lib import paths
 from koala_lib._claims_file import PRESETS, TESTS, Claim, Criterion, read
 
 __all__ = [
-    "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "interval", "judge", "load", "read", "replace_block",
+    "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "combine", "interval",
+    "judge", "load", "read", "replace_block",
     "save", "saved", "scoreboard", "table",
 ]  # fmt: skip
 
@@ -124,6 +125,21 @@ def judge(
         outcome = _judge_seeds(claim, preset, {arm: _seeds(claim, arm, source) for arm in names})
     status, text, n, detail = outcome
     return Verdict(claim.id, preset, claim.paper, text, n, status, detail)
+
+
+def combine(cases: Mapping[str, Verdict]) -> Verdict:
+    """One verdict from several data sets: theirs where all agree, else inconclusive.
+
+    Data sets are not a sample of anything, so their pairs are not pooled; ``n`` is that of each.
+
+    Args:
+        cases: Verdicts of one claim at one preset, by data set.
+    """
+    first = next(iter(cases.values()))
+    statuses = {v.status for v in cases.values()}
+    status = first.status if len(statuses) == 1 else "inconclusive"
+    measured = "; ".join(f"{name} {v.measured}" for name, v in cases.items()) if first.status != NOT_RUN else "–"
+    return replace(first, status=status, measured=measured, n=min(v.n for v in cases.values()))
 
 
 def _claim(claim_id: str) -> Claim:
@@ -340,7 +356,8 @@ def _cell(claim: Claim, preset: str, judged: _Judged, full: bool) -> str:
         return _status(claim, preset, judged)
     words = [verdict.measured] if verdict.measured != "–" else []
     words += [verdict.detail] if full or not words else []
-    return f"{verdict.status}: {'; '.join(words)}; n = {verdict.n}"
+    counted = "seeds" if claim.kind in ("value", "ordering", "rate") else "cases"
+    return f"{verdict.status}: {'; '.join(words)}; n = {verdict.n} {counted}"
 
 
 def _row(*cells: str) -> str:

@@ -107,6 +107,7 @@ def run(
     if allow_unverified_data:
         os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
     with _one_sentence():
+        _check_device(device)
         grids = plan(preset, only)
     store = Store()
     configs = {c.key: c for grid in grids.values() for c in grid}
@@ -124,6 +125,16 @@ def run(
     left = len(wanted) - len(results) - broken
     typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
     raise typer.Exit(1 if broken else FAILED if failed else 0)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
 
 
 def _train(

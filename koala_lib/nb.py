@@ -10,7 +10,7 @@ import ast
 import os
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,11 +254,24 @@ class Notebook:
         png = plots.save(fig, paths.figures_dir() / name, origin)
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
-    def judge(self, claim_id: str, *, preset: str | None = None, **evidence: Any) -> Verdict:
-        """`claims.judge` at this notebook's preset, or another for stored results; keeps the verdict."""
+    def judge(
+        self, claim_id: str, *, preset: str | None = None, cases: Mapping[str, Any] | None = None, **evidence: Any
+    ) -> Verdict:
+        """`claims.judge` at this notebook's preset, or another for stored results; keeps the verdict.
+
+        Args:
+            claim_id: The claim.
+            preset: The preset of the measurements; default is the notebook's own.
+            cases: ``arms`` by data set, where a claim is judged on several; see `claims.combine`.
+            evidence: See `claims.judge`.
+        """
         from koala_lib import claims
 
-        verdict = claims.judge(claim_id, preset=preset or self.preset, **evidence)
+        at = preset or self.preset
+        if cases is None:
+            verdict = claims.judge(claim_id, preset=at, **evidence)
+        else:
+            verdict = claims.combine({c: claims.judge(claim_id, preset=at, arms=arms) for c, arms in cases.items()})
         self._verdicts.append(verdict)
         return verdict
 

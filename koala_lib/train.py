@@ -201,11 +201,14 @@ def train(
         on_step: called with (steps done, steps in all).
 
     Returns:
-        The result; with one thread count on one CPU it has the same bits whether the run was interrupted or not.
+        The result. On the CPU a run has one thread, because sums depend on the number of threads; so on one kind of CPU
+        it has the same bits everywhere, and whether it was interrupted or not.
 
     Raises:
         ValueError: if a batch is larger than the data set, or the checkpoint belongs to another run.
     """
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
     run = _Run(config, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)

@@ -614,7 +614,7 @@ def test_scoreboard_counts_and_groups() -> None:
     gain = body[KOALA["koala.table2.m_k09_beats_v"].text]
     assert gain[0] == "+0.79 points"
     assert gain[1].startswith("reproduced: +0.7")
-    assert gain[1].endswith("over v; n = 5")
+    assert gain[1].endswith("over v; n = 5 seeds")
     assert gain[2:] == ["not run yet"] * 2
     assert body["**Table 7**"][0] == "16 numbers, 1 statement"
     assert KOALA["koala.table7.koala_m_lowest"].text not in body  # nobody ran it: one row for the table
@@ -662,3 +662,21 @@ def test_replace_block_is_idempotent_and_keeps_the_rest() -> None:
     for text in ("no markers", claims.BEGIN, f"{claims.END}{claims.BEGIN}", readme + readme):
         with pytest.raises(ValueError, match="once each, in this order"):
             claims.replace_block(text, block)
+
+
+def test_data_sets_are_not_pooled() -> None:
+    better = {seed: 2.0 + 0.1 * seed for seed in range(5)}
+    same = {seed: 2.0 + 0.1 * (seed * 3 % 5) for seed in range(5)}
+    worse = {seed: 3.0 + 0.11 * seed for seed in range(5)}
+
+    def verdict(v: dict[int, float]) -> claims.Verdict:
+        arms = {"m_k09": better, "v": v, "m_k05": worse, "m_adapt_k05": worse, "m_adapt_k09": better}
+        return judge("koala.table2.m_k09_beats_v", preset="desktop", arms=arms)
+
+    assert [verdict(v).status for v in (worse, same)] == ["reproduced", "inconclusive"]
+    agree = claims.combine({"one": verdict(worse), "two": verdict(worse)})
+    assert agree.status == "reproduced"
+    assert agree.n == 5
+    assert agree.measured == f"one {verdict(worse).measured}; two {verdict(worse).measured}"
+    assert claims.combine({"one": verdict(worse), "two": verdict(same)}).status == "inconclusive"
+    assert claims.combine({"one": verdict(same), "two": verdict(worse)}).status == "inconclusive"

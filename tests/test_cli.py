@@ -66,6 +66,14 @@ def test_run_trains_each_run_once(trained: Trained) -> None:
     assert [c.seed for c in trained] == [0, 1]
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(trained: Trained, device: str) -> None:
+    result = koala("run", "--device", device)
+    assert result.exit_code == 2
+    assert f"--device {device} cannot be used here" in result.output
+    assert trained == []
+
+
 def test_results_of_desktop_are_merged_and_those_of_quick_are_not(trained: Trained) -> None:
     koala("run")
     assert not paths.results_dir().exists()

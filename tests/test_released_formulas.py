@@ -1,6 +1,6 @@
 """`formulas="released"`: where the authors' code and the paper differ, one explicit calculation per difference.
 
-The row numbers are those of table K.10 of the specification, "Paper vs official code".
+The row numbers are those of the table "paper and released code" in notebooks/koala/10_kalman_view_of_training.ipynb.
 """
 
 from typing import Any

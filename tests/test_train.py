@@ -204,6 +204,14 @@ def test_kill_9_and_resume_give_the_same_bits(tmp_path: Path) -> None:
     assert resumed.epochs == whole.epochs
 
 
+def test_bits_do_not_depend_on_the_threads_of_the_caller() -> None:
+    config = QUICK.but(epochs=1)
+    alone = train.train(config)
+    torch.set_num_threads(2)
+    assert train.train(config).provenance["weights_sha256"] == alone.provenance["weights_sha256"]
+    assert torch.get_num_threads() == 1
+
+
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     run = train._Run(QUICK, torch.device("cpu"))
     run.save(tmp_path / "checkpoint.pt")

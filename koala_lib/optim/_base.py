@@ -135,6 +135,8 @@ class LossFilter(torch.optim.Optimizer):
                 f"{type(self).__name__} got a loss without predict(): loss and gradient must be taken at the predicted "
                 "weights; call optimizer.predict() before the forward pass, or use optimizer.step(closure)"
             )
+        if not isinstance(losses, (Tensor, float, int)):
+            raise TypeError(f"losses must be a tensor or a float, got {losses!r} ({type(losses).__name__})")
         losses = torch.as_tensor(losses)
         if not losses.is_floating_point():
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
@@ -167,6 +169,10 @@ class LossFilter(torch.optim.Optimizer):
         if closure is not None:
             if loss is not None:
                 raise RuntimeError("step() takes a closure or a loss, not both")
+            if not callable(closure):
+                raise TypeError(
+                    f"step() takes a closure, got a {type(closure).__name__}; losses go in as step(loss=...)"
+                )
             self.predict()
             with torch.enable_grad():
                 loss = closure()

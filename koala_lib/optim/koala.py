@@ -3,7 +3,8 @@
 The weights are a hidden state, the minibatch loss is a noisy observation of a target risk, and the gradient is the
 observation's Jacobian. :class:`KoalaV` lets the weights drift at random (Algorithm 1), :class:`KoalaM` adds velocities
 (eqs. 16-21). The recursions of the covariance are in :mod:`koala_lib.kalman`; ``reference.py`` holds the same
-optimizers as slow loops in the paper's symbols.
+optimizers as slow loops in the paper's symbols. "Released row N" points to the table of differences between paper and
+released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class _Koala(LossFilter):
         check_flag("foreach", options["foreach"])
         check_flag("fused", options["fused"])
         q, R = options["process_noise"], options["measurement_noise"]
-        adaptive_q = 0.01 if options["formulas"] == "released" else 0.0  # K.10 row 1 starts its average at 0.01
+        adaptive_q = 0.01 if options["formulas"] == "released" else 0.0  # released row 1 starts its average at 0.01
         initial = {
             "variance": options["initial_variance"],
             "covariance": options.get("initial_covariance", 0.0),
@@ -142,7 +143,7 @@ class _Koala(LossFilter):
         return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
 
     def _initialise(self) -> None:
-        start = torch.zeros_like if self._released else torch.clone  # x_avg: K.10 row 2, reading K-2
+        start = torch.zeros_like if self._released else torch.clone  # x_avg: released row 2
         for group in self.param_groups:
             for p in group["params"]:
                 if self.has_velocity and "velocity" not in self.state[p]:
@@ -169,7 +170,7 @@ class _Koala(LossFilter):
         raise NotImplementedError
 
     def _process_noise(self, q: Tensor) -> Tensor:
-        """q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (K.10 row 1)."""
+        """q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)."""
         beta = self._options["noise_decay"]
         params = [p for group in self.param_groups for p in group["params"]]
         drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
@@ -197,13 +198,13 @@ class _Koala(LossFilter):
         )
         mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
 
-        # Skip rule: the paper leaves out the whole step, the released code single tensors (K.10 row 8).
+        # Skip rule: the paper leaves out the whole step, the released code single tensors (released row 8).
         finite = torch.isfinite(mean_square) & torch.isfinite(raw.sum())
         seen = raw if self._released else raw.sum().expand_as(raw)
         usable = (seen.sqrt() >= options["min_grad_norm"]) & finite
 
         R = entries["measurement_noise"]
-        if options["measurement_noise"] is None:  # (22) against target 0, used in the same step (K.10 rows 4, 5)
+        if options["measurement_noise"] is None:  # (22) against target 0, used in the same step (released rows 4, 5)
             R = kalman.running_average(R, mean_square, options["noise_decay"])
 
         squared = squared.masked_fill(~usable, 0.0)
@@ -266,7 +267,7 @@ class _Koala(LossFilter):
 
     def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
         """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""
-        # The released KOALA-V moves along the gradient without weight decay (K.10 row 9).
+        # The released KOALA-V moves along the gradient without weight decay (released row 9).
         plain = self._released and not self.has_velocity
         weight_decay = 0.0 if plain else blocks.group["weight_decay"]
         correct = _compiled_correct() if self._options["fused"] else _correct
@@ -285,7 +286,7 @@ class _Koala(LossFilter):
                 [next(velocity_steps).to(device) for _ in velocities],
             )
         if self._released and self._options["process_noise"] is None:
-            # x_avg after the update, for tensors with a usable gradient only (K.10 row 2)
+            # x_avg after the update, for tensors with a usable gradient only (released row 2)
             weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
             for p, weight in zip(blocks.params, weights.unbind(), strict=True):
                 average = self.state[p]["average"]

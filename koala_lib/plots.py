@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
-from scipy import stats  # type: ignore[import-untyped]
+
+from koala_lib import claims
 
 Array = np.ndarray[Any, Any]
 
@@ -110,8 +111,8 @@ def interval(values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95
     finite = finite[np.isfinite(finite)]
     if finite.size < 2:
         return (float(finite.mean()) if finite.size else float("nan")), float("nan")
-    factor = stats.t.ppf(0.5 + level / 2, finite.size - 1)
-    return float(finite.mean()), float(factor * finite.std(ddof=1) / np.sqrt(finite.size))
+    mean, low, _ = claims.interval(finite.tolist(), level)
+    return mean, mean - low
 
 
 def seeds(

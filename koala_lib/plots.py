@@ -12,7 +12,6 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns  # type: ignore[import-untyped]
@@ -85,11 +84,12 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
 
 
 def _log_y(ax: Axes) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5, also where it spans less than a decade."""
+    """A logarithmic axis with plain numbers, at 2 and 5 too where it spans little; call it when all is drawn."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else NullFormatter())
 
 
 def label(method: str) -> str:
@@ -248,10 +248,7 @@ def steps(
             if dashed in record:
                 ax.semilogy(x, smooth[dashed], lw=1.4, ls="--", color=colour(method))
         ax.set(title=title, xlabel="step $k$", ylabel=unit)
-        low, high = ax.get_ylim()
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        ax.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else NullFormatter())
+        _log_y(ax)
     axes.flat[0].legend()
     return fig
 

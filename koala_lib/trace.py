@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from koala_lib import kalman
 from koala_lib.optim import KoalaM, KoalaV
@@ -43,15 +43,15 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
         ValueError: for another optimizer.
     """
     run = _Run(config, torch.device(device))
-    optimizer = run.optimizer
+    optimizer = run.optimizers.get("network")
     if not isinstance(optimizer, KoalaV | KoalaM):
         raise ValueError(f"optimizer={config.optimizer!r} has no filter to record; use koala_v or koala_m")
     rows = []
-    for k, (x, y) in zip(range(1, steps + 1), _batches(run), strict=False):
+    for k, batch in zip(range(1, steps + 1), _batches(run), strict=False):
         optimizer.predict()
         predicted = optimizer.filter_state()["variance"]
         optimizer.zero_grad()
-        losses = run.forward(x, y)
+        losses = run.task.sample_losses(batch)
         losses.mean().backward()  # type: ignore[no-untyped-call]
         norms, group = _squared_block_norms(optimizer), optimizer.param_groups[0]
         optimizer.step(loss=losses)
@@ -75,11 +75,12 @@ def trace(config: RunConfig, steps: int, *, device: str | torch.device = "cpu") 
     return pd.DataFrame(rows)
 
 
-def _batches(run: _Run) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(run: _Run) -> Iterator[Any]:
     """Epoch after epoch, with the schedule."""
+    run.task.network.train()
     while True:
-        yield from run.batches()
-        run.scheduler.step()
+        yield from run.task.batches(run.epoch)
+        run.schedulers["network"].step()
         run.epoch += 1
 
 

@@ -1,152 +1,42 @@
 """One training run: :class:`RunConfig` -> :func:`train` -> :class:`RunResult`.
 
-The same few lines train every optimizer of a table, so that rows differ in nothing else. The data set lies on the
-device, a step reads nothing back, and what a run needs to go on after ``kill -9`` is written to a checkpoint.
+The same few lines train every optimizer of a table, so that rows differ in nothing else. A step reads nothing back, and
+what a run needs to go on after ``kill -9`` is written to a checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import swa_utils
 
-from koala_lib import data, models, paths
-from koala_lib.optim import KoalaM, KoalaV
+from koala_lib import paths, tasks
+from koala_lib.config import RunConfig
+from koala_lib.optimizers import OPTIMIZERS, lookahead
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "koala_v": KoalaV,
-    "koala_m": KoalaM,
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-}
-
-# Part of every run's key. Raise a number by hand when a change alters what such a run computes.
-VERSION = {"train": 1, "koala_v": 1, "koala_m": 1}
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that decides the outcome of a run, in canonical form.
-
-    Args:
-        dataset: a name of :data:`koala_lib.data.DATASETS`.
-        model: a name of :data:`koala_lib.models.MODELS`.
-        optimizer: a name of :data:`OPTIMIZERS`.
-        optimizer_args: keyword arguments of the optimizer; kept as sorted pairs.
-        epochs: passes over the training data.
-        batch_size: samples per step; the last incomplete batch of an epoch is dropped.
-        milestones: epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``.
-        gamma: that factor.
-        augment: random crop after padding by 4, and flips for natural images.
-        train_size: size of a fixed class-balanced subset; ``None`` for all.
-        seed: of weights, order and augmentation.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast (a deviation from the papers, and recorded).
-
-    Raises:
-        ValueError: for an unknown name or an impossible number, which the message names.
-    """
-
-    dataset: str
-    model: str
-    optimizer: str
-    optimizer_args: Any = ()
-    epochs: int
-    batch_size: int = 128
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    augment: bool = False
-    train_size: int | None = None
-    seed: int = 0
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        pairs = self.optimizer_args.items() if isinstance(self.optimizer_args, Mapping) else self.optimizer_args
-        object.__setattr__(self, "optimizer_args", tuple(sorted((str(k), _hashable(v)) for k, v in pairs)))
-        object.__setattr__(self, "milestones", tuple(self.milestones))
-        for name, value, known in (
-            ("dataset", self.dataset, data.DATASETS),
-            ("model", self.model, models.MODELS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(known)}")
-        for name in ("epochs", "batch_size", "train_size"):
-            value = getattr(self, name)
-            if not (name == "train_size" and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not all(type(m) is int and m >= 0 for m in self.milestones) or list(self.milestones) != sorted(
-            self.milestones
-        ):
-            raise ValueError(f"milestones must be increasing epochs, got {self.milestones!r}")
-        if not (isinstance(self.gamma, (int, float)) and 0 < self.gamma <= 1):
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
-
-    def but(self, **changes: Any) -> RunConfig:
-        """A copy with other values."""
-        return replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return fields | {"optimizer_args": dict(self.optimizer_args), "milestones": list(self.milestones)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> RunConfig:
-        return cls(**fields)
-
-    @property
-    def key(self) -> str:
-        """16 hex digits that name the run: the same everywhere for the same configuration, data and algorithm."""
-        what = self.to_dict() | {
-            "data": data.identity(self.dataset),
-            "version": [VERSION["train"], VERSION.get(self.optimizer, 1)],
-        }
-        canonical = json.dumps(what, sort_keys=True, separators=(",", ":"), default=list)
-        # 1 and 1.0 are one learning rate: numbers of the optimizer enter as floats.
-        canonical = json.dumps(_canonical(json.loads(canonical)), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-    @property
-    def label(self) -> str:
-        """One line for people."""
-        args = ", ".join(f"{k}={v}" for k, v in self.optimizer_args)
-        return f"{self.dataset} {self.model} {self.optimizer}({args}) {self.epochs} epochs, seed {self.seed}"
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _canonical(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_canonical(v) for v in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+__all__ = ["RunConfig", "RunResult", "train"]
 
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run measured.
 
-    ``epochs`` holds one dict per epoch: ``train_loss`` (mean over the epoch's batches, each at its own step),
-    ``test_loss``, ``test_error`` and ``test_error_top5`` (in %, of the posterior weights), ``lr``. ``status`` is
-    ``"done"``, or ``"failed"`` with the step whose loss was not finite. ``provenance`` says where and with what.
+    ``epochs`` holds one dict per epoch: the task's training losses (means over the epoch's batches, each at its own
+    step), its test metrics (of the posterior weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
+    step whose loss was not finite. ``provenance`` says where and with what, ``pictures`` holds PNG files in base64.
     """
 
     key: str  # of the configuration with the data and algorithm that the run really had
@@ -155,6 +45,7 @@ class RunResult:
     epochs: tuple[dict[str, float], ...]
     failed_step: int | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
 
     @property
     def final(self) -> dict[str, float]:
@@ -162,7 +53,7 @@ class RunResult:
         return dict(self.epochs[-1]) if self.status == "done" else {}
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        record = {
             "key": self.key,
             "config": self.config.to_dict(),
             "status": self.status,
@@ -170,6 +61,7 @@ class RunResult:
             "epochs": list(self.epochs),
             "provenance": self.provenance,
         }
+        return record | ({"pictures": self.pictures} if self.pictures else {})
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunResult:
@@ -180,6 +72,7 @@ class RunResult:
             epochs=tuple(record["epochs"]),
             failed_step=record["failed_step"],
             provenance=record["provenance"],
+            pictures=record.get("pictures", {}),
         )
 
 
@@ -191,11 +84,11 @@ def train(
     checkpoint_seconds: float = 60.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Train one network.
+    """Train what a configuration says.
 
     Args:
         config: what to train.
-        device: where data, weights and filter live. On CUDA the step is compiled and runs in channels-last layout.
+        device: where data, weights and filter live. On CUDA the training step is compiled.
         checkpoint: a file; written every ``checkpoint_seconds``, and continued from where it exists.
         checkpoint_seconds: 0 writes after every step.
         on_step: called with (steps done, steps in all).
@@ -206,6 +99,7 @@ def train(
 
     Raises:
         ValueError: if a batch is larger than the data set, or the checkpoint belongs to another run.
+        TypeError: for an argument that the optimizer, network or task does not have.
     """
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)
@@ -214,10 +108,11 @@ def train(
         run.load(checkpoint)
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     while run.epoch < config.epochs and run.failed_step is None:
-        for x, y in run.batches():
-            run.train_step(x, y)
+        run.task.network.train()
+        for batch in run.task.batches(run.epoch, run.step):
+            run.train_step(batch)
             if on_step is not None:
-                on_step(run.steps_done, run.steps_per_epoch * config.epochs)
+                on_step(run.steps_done, run.task.steps_per_epoch * config.epochs)
             if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
                 run.seconds = time.monotonic() - started
                 run.save(checkpoint)
@@ -232,27 +127,22 @@ class _Run:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
-        self.steps_per_epoch = len(self.data.train_labels) // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size={config.batch_size} exceeds the {len(self.data.train_labels)} training samples"
-            )
         torch.manual_seed(config.seed)
-        channels, size = self.data.train_images.shape[1], self.data.train_images.shape[-1]
-        self.model = models.build(
-            config.model, num_classes=self.data.num_classes, in_channels=channels, image_size=size
-        ).to(device)
-        self.forward: Callable[[Tensor, Tensor], Tensor] = self._losses
-        if device.type == "cuda":
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.forward = torch.compile(self._losses)
-        self.optimizer = OPTIMIZERS[config.optimizer](self.model.parameters(), **dict(config.optimizer_args))
-        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(
-            self.optimizer, list(config.milestones), gamma=config.gamma
-        )
+        self.task = tasks.create(config, device)
+        wrapper, options = config.wrapper, dict(config.wrapper_args)
+        create = OPTIMIZERS[config.optimizer]
+        self.optimizers = {
+            name: create(part.parameters(), **dict(config.optimizer_args)) for name, part in self.task.parts.items()
+        }
+        if wrapper == "lookahead":
+            self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
+        self.average = _Average(self.task.network, **options) if wrapper == "swa" else None
+        self.schedulers = {
+            name: torch.optim.lr_scheduler.MultiStepLR(optimizer, [*config.milestones], gamma=config.gamma)
+            for name, optimizer in self.optimizers.items()
+        }
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
-        self.loss_sum = torch.zeros((), device=device)
+        self.loss_sums = torch.zeros(len(self.task.losses), device=device)
         self.bad_step = torch.full((), -1, device=device)
         self.failed_step: int | None = None
         self.epochs: list[dict[str, float]] = []
@@ -260,48 +150,21 @@ class _Run:
 
     @property
     def steps_done(self) -> int:
-        return self.epoch * self.steps_per_epoch + self.step
+        return self.epoch * self.task.steps_per_epoch + self.step
 
-    def batches(self) -> Any:
-        """The rest of this epoch's batches, the same ones however often the run was interrupted."""
-        self.model.train()
-        return data.batches(
-            self.data.train_images,
-            self.data.train_labels,
-            self.config.batch_size,
-            mean=self.data.mean,
-            std=self.data.std,
-            generator=data.epoch_generator(self.config.seed, self.epoch),
-            augment=self.data.augmentation if self.config.augment else None,
-            drop_last=True,
-            start=self.step,
-        )
-
-    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
-        precision = PRECISIONS[self.config.precision]
-        with torch.autocast(self.device.type, dtype=precision, enabled=precision != torch.float32):
-            return nn.functional.cross_entropy(self.model(x).float(), y, reduction="none")
-
-    def train_step(self, x: Tensor, y: Tensor) -> None:
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            losses = self.forward(x, y)
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-            return losses
-
-        # KOALA returns the mean loss, torch's optimizers what the closure returned.
-        losses: Any = self.optimizer.step(closure)  # type: ignore[arg-type]
-        loss = losses.detach().mean()
-        first_bad = (self.bad_step < 0) & ~torch.isfinite(loss)
+    def train_step(self, batch: Any) -> None:
+        losses = self.task.step(batch, self.optimizers)
+        first_bad = (self.bad_step < 0) & ~torch.isfinite(losses).all()
         self.bad_step = torch.where(first_bad, self.steps_done, self.bad_step)
-        self.loss_sum += loss
+        self.loss_sums += losses
         self.step += 1
 
     def end_epoch(self) -> None:
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step()
-        loss, bad = self.loss_sum.item() / self.steps_per_epoch, int(self.bad_step.item())
-        metrics = {"train_loss": loss, **self.evaluate(), "lr": lr}
+        lr = float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+        means, bad = (self.loss_sums / self.task.steps_per_epoch).tolist(), int(self.bad_step.item())
+        metrics = {**dict(zip(self.task.losses, means, strict=True)), **self.evaluate(), "lr": lr}
         if bad < 0 and not all(math.isfinite(v) for v in metrics.values()):
             bad = self.steps_done - 1  # finite training losses, yet the weights overflowed by the last step
         if bad >= 0:
@@ -309,31 +172,27 @@ class _Run:
         else:
             self.epochs.append({k: float(f"{v:.6g}") for k, v in metrics.items()})
         self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_sums = torch.zeros_like(self.loss_sums)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and top-1 and top-5 error (%) on the test set."""
-        self.model.eval()
-        images, labels, top = self.data.test_images, self.data.test_labels, min(5, self.data.num_classes)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for x, y in data.batches(images, labels, 1000, mean=self.data.mean, std=self.data.std):
-            logits = self.model(x).float()
-            hits = logits.topk(top, dim=1).indices == y[:, None]
-            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
-        loss_sum, first, five = (sums / len(labels)).tolist()
-        return {"test_loss": loss_sum, "test_error": 100 * (1 - first), "test_error_top5": 100 * (1 - five)}
+        network = self.task.network
+        if self.average is not None and self.average.update(network, self.epoch):
+            network = self.average.network
+            # With the statistics of a step's weights, the averaged weights would be evaluated in the wrong place.
+            swa_utils.update_bn(self.task.batches(self.epoch), network)
+        return self.task.evaluate(network.eval())
 
     def save(self, path: Path) -> None:
         """Write a checkpoint and only then let it take the place of the last one."""
         state = {
             "key": self.config.key,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "network": self.task.network.state_dict(),
+            "task": self.task.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
+            "average": self.average.network.state_dict() if self.average else None,
             "counters": [self.epoch, self.step],
-            "sums": [self.loss_sum, self.bad_step],
+            "sums": [self.loss_sums, self.bad_step],
             "epochs": self.epochs,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
@@ -347,11 +206,15 @@ class _Run:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["key"] != self.config.key:
             raise ValueError(f"{path} is a checkpoint of run {state['key']}, not of {self.config.key}: remove it")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.task.network.load_state_dict(state["network"])
+        self.task.load_state_dict(state["task"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+            self.schedulers[name].load_state_dict(state["schedulers"][name])
+        if self.average:
+            self.average.network.load_state_dict(state["average"])
         self.epoch, self.step = state["counters"]
-        self.loss_sum, self.bad_step = state["sums"]
+        self.loss_sums, self.bad_step = state["sums"]
         self.epochs, self.seconds = state["epochs"], state["seconds"]
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None:
@@ -359,16 +222,35 @@ class _Run:
 
     def result(self) -> RunResult:
         digest = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
+        for tensor in self.task.network.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        data = self.task.data
         provenance = _provenance(self.device) | {
-            "data": {"title": self.data.title, "tag": self.data.tag, "identity": self.data.identity[:16]},
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "data": {"title": data.title, "tag": data.tag, "identity": data.identity[:16]},
+            "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "weights_sha256": digest.hexdigest()[:16],
             "seconds": float(f"{self.seconds:.4g}"),
         }
         status = "done" if self.failed_step is None else "failed"
-        return RunResult(self.config.key, self.config, status, tuple(self.epochs), self.failed_step, provenance)
+        pictures = self.task.pictures() if status == "done" else {}
+        return RunResult(
+            self.config.key, self.config, status, tuple(self.epochs), self.failed_step, provenance, pictures
+        )
+
+
+class _Average:
+    """Stochastic weight averaging: the mean of the weights at the end of epochs ``start``, ``start + every``, …"""
+
+    def __init__(self, network: nn.Module, *, start: int, every: int = 1) -> None:
+        self.start, self.every = start, every
+        self.network = swa_utils.AveragedModel(network)
+
+    def update(self, network: nn.Module, epoch: int) -> bool:
+        """Take in the weights if the turn is theirs, ``epoch`` counted from 0; says whether there is an average."""
+        done = epoch + 1
+        if done >= self.start and (done - self.start) % self.every == 0:
+            self.network.update_parameters(network)
+        return bool(self.network.n_averaged > 0)
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Networks of the papers: ResNets with the stem for small images.
+"""Residual networks with the stem for small images.
 
 Layers carry torchvision's names, so state dicts and published parameter counts can be compared. The one structural
 difference is the stem: a 3x3 convolution and no max-pooling (He et al., "Deep Residual Learning for Image
@@ -7,9 +7,7 @@ Recognition", CVPR 2016, section 4.2), as in the experiments of KOALA (AAAI 2022
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
-from functools import partial
 from typing import ClassVar, Final
 
 from torch import Tensor, nn
@@ -124,51 +122,3 @@ class ResNet(nn.Sequential):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-MODELS: Final = {
-    "resnet8": partial(ResNet, BasicBlock, (1, 1, 1), (8, 16, 32)),
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
-    "wide_resnet50_2": partial(ResNet, WideBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
-}
-
-
-def build(name: str, *, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
-    """Build a network by name, on the CPU in float32.
-
-    Parameters
-    ----------
-    name
-        ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are the paper's networks. ``"resnet8"`` (three
-        stages of one basic block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU.
-    num_classes, in_channels
-        Number of classes and of input channels.
-    image_size
-        Height and width of the images in pixels. Only ``"resnet8"`` looks at it: above 16 pixels its stem has
-        stride 2, which makes a training step on 28x28 images four times cheaper.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name or a number below 1.
-
-    Notes
-    -----
-    Weights are drawn from torch's default generator: call ``torch.manual_seed`` before.
-
-    Examples
-    --------
-    >>> import torch
-    >>> net = build("resnet8", num_classes=10, in_channels=1, image_size=8)
-    >>> net(torch.zeros(2, 1, 8, 8)).shape
-    torch.Size([2, 10])
-    """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? Known: {', '.join(MODELS)}")
-    for what, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
-    stem_stride = 2 if name == "resnet8" and image_size > 16 else 1
-    return MODELS[name](num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)

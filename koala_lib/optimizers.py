@@ -1,0 +1,65 @@
+"""Every optimizer that a table names, by name.
+
+Ours come from :mod:`koala_lib.optim`, the others from ``torch.optim`` and ``pytorch_optimizer``;
+``tests/test_baselines.py`` holds each of the latter to its paper's formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from koala_lib.optim import KoalaM, KoalaV
+
+Factory = Callable[..., Optimizer]
+
+
+def _extra(name: str) -> Factory:
+    """A class of ``pytorch_optimizer``, imported at its first use and strict about its keywords, which it is not."""
+
+    def create(params: Iterable[Tensor], **options: Any) -> Optimizer:
+        import pytorch_optimizer
+
+        cls: type[Optimizer] = getattr(pytorch_optimizer, name)
+        known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{name} has no argument {option!r}; it has {', '.join(known[1:])}")
+        return cls(params, **options)
+
+    return create
+
+
+OPTIMIZERS: dict[str, Factory] = {
+    "koala_v": KoalaV,
+    "koala_m": KoalaM,
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "amsgrad": partial(torch.optim.Adam, amsgrad=True),
+    "yogi": _extra("Yogi"),
+    "adamp": _extra("AdamP"),
+    "fromage": _extra("Fromage"),
+    "adabelief": _extra("AdaBelief"),
+}
+
+
+def lookahead(optimizer: Optimizer, *, k: int = 5, alpha: float = 0.5) -> Optimizer:
+    """Lookahead around an optimizer (Zhang et al., NeurIPS 2019, Algorithm 1).
+
+    Args:
+        optimizer: the inner optimizer; KOALA's must be stepped with a closure.
+        k: inner steps to one outer step.
+        alpha: the outer step: every ``k`` steps slow weights move by ``alpha (fast - slow)``, and fast restarts there.
+    """
+    from pytorch_optimizer import Lookahead
+
+    wrapped: Optimizer = Lookahead(optimizer, k=k, alpha=alpha)
+    return wrapped

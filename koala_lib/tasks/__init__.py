@@ -1,0 +1,21 @@
+"""What can be trained: each task owns its data and networks, :mod:`koala_lib.train` owns the loop around it."""
+
+from __future__ import annotations
+
+import torch
+
+from koala_lib.config import RunConfig
+from koala_lib.tasks._base import Task, options
+from koala_lib.tasks.classification import Classification
+
+__all__ = ["TASKS", "Task", "create"]
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+}
+
+
+def create(config: RunConfig, device: torch.device) -> Task:
+    """The task of a configuration, its networks drawn from torch's generator as it stands."""
+    cls = TASKS[config.task]
+    return cls(config, device, **options(cls, config))

@@ -1,0 +1,101 @@
+"""What a task is: its data, its networks, one training step and its test metrics."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from koala_lib.config import PRECISIONS, RunConfig
+
+
+class Task(ABC):
+    """One kind of training. A subclass takes its own options as keywords after ``device`` (``task_args``).
+
+    Attributes:
+        losses: names of the entries of what :meth:`step` returns.
+        data: the data set; a result records its ``title``, ``tag`` and ``identity``.
+        network: everything that is trained.
+        parts: the modules that get an optimizer of their own each; of one network, ``"network"``.
+        steps_per_epoch: number of batches of an epoch.
+    """
+
+    losses: ClassVar[tuple[str, ...]] = ("train_loss",)
+
+    data: Any
+    network: nn.Module
+    parts: Mapping[str, nn.Module]
+    steps_per_epoch: int
+
+    @abstractmethod
+    def __init__(self, config: RunConfig, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from number ``start`` on, the same ones however often the run was interrupted."""
+
+    def sample_losses(self, batch: Any) -> Tensor:
+        """Losses of the samples of a batch at the weights as they are, shape ``(B,)``, for tasks that have one loss."""
+        raise NotImplementedError(f"{type(self).__name__} has no single loss")
+
+    def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
+        """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
+        return closure_step(optimizers["network"], lambda: self.sample_losses(batch)).reshape(1)
+
+    @abstractmethod
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """The test metrics of a network like :attr:`network`."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What lives from one step to the next beside network and optimizers."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most tasks have none
+        """Restore it."""
+
+    def pictures(self) -> dict[str, str]:
+        """Small pictures of the trained network, base64 PNG by name."""
+        return {}
+
+
+def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
+    """The ``task_args`` of a configuration, refused where the task does not have them."""
+    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name, _ in config.task_args:
+        if name not in known:
+            raise TypeError(f"task {config.task!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
+    return dict(config.task_args)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of a run, as a context for forward passes."""
+    precision = PRECISIONS[config.precision]
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor]) -> Tensor:
+    """One step on per-sample losses, in the protocol that all optimizers understand.
+
+    Args:
+        optimizer: any optimizer.
+        losses_of: computes the losses, shape ``(B,)``, at the weights as they are when it is called.
+
+    Returns:
+        The mean loss, a detached scalar.
+    """
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        losses = losses_of()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        return losses
+
+    # KOALA returns the mean loss, torch's optimizers what the closure returned.
+    returned: Any = optimizer.step(closure)  # type: ignore[arg-type]
+    loss: Tensor = returned.detach().mean()
+    return loss

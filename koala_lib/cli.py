@@ -137,6 +137,17 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
 
 
+def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
+    """Each run once; those that another process is at come last, so that several processes share a list."""
+    busy = []
+    for config in todo:
+        if store.busy(config.key):
+            busy.append(config)
+        else:
+            yield config
+    yield from busy
+
+
 def _train(
     todo: list[RunConfig], known: list[RunResult], store: Store, device: str, budget: float
 ) -> tuple[list[RunResult], int]:
@@ -147,7 +158,7 @@ def _train(
     results: list[RunResult] = []
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(todo), disable=None, smoothing=0, bar_format=shape) as bar:  # silent without a terminal
-        for number, config in enumerate(todo, start=1):
+        for number, config in enumerate(_free_first(todo, store), start=1):
             left, needed = budget - (time.monotonic() - started), _estimate(config, [*known, *results])
             if needed > left:
                 bar.write(f"stopping: the next run needs about {needed:.0f} s, {max(left, 0):.0f} s are left")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from koala_lib import paths
 from koala_lib.train import RunConfig, RunResult, train
@@ -85,6 +85,15 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             yield
+
+    def busy(self, key: str) -> bool:
+        """Whether somebody holds the run at this moment."""
+        folder = self.root / key
+        try:
+            with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
+                return False
+        except Timeout:
+            return True
 
     def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
         """The run of a configuration: found, or continued from its checkpoint, or trained.

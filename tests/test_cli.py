@@ -48,6 +48,14 @@ def merged(preset: str = "desktop") -> list[int]:
     return [r["config"]["seed"] for r in json.loads(file.read_text())["runs"]] if file.exists() else []
 
 
+def test_what_another_process_is_at_comes_last(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = koala("list", "--preset", "desktop").output.split()[0]
+    monkeypatch.setattr(runs.Store, "busy", lambda self, key: key == first)
+    assert koala("run", "--preset", "desktop").exit_code == 0
+    assert [c.seed for c in trained] == [1, 2, 0]
+    assert merged() == [0, 1, 2]
+
+
 def test_list_shows_one_line_a_run_and_its_status(trained: Trained) -> None:
     assert koala("run", "--key", koala("list").output.split()[0]).exit_code == 0
     lines = koala("list").output.splitlines()

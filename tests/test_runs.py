@@ -155,3 +155,14 @@ def test_tables() -> None:
     errors = curves[curves["metric"] == "test_error"]
     assert errors["epoch"].tolist() == [1, 2]
     assert errors["value"].tolist() == [5.0, 2.5]
+
+
+def test_busy_while_somebody_holds_the_run(store: Store) -> None:
+    assert not store.busy(CONFIG.key)
+    with store.lock(CONFIG.key):
+        held: list[bool] = []
+        other = threading.Thread(target=lambda: held.append(Store(store.root).busy(CONFIG.key)))
+        other.start()
+        other.join()
+        assert held == [True]
+    assert not store.busy(CONFIG.key)

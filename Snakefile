@@ -47,10 +47,11 @@ def digest(*files):
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
-BESIDE = {"cli.py", "report.py", "bench.py"}  # no notebook uses these
+BESIDE = {"cli.py", "report.py"}  # no notebook uses these
 SHARED = digest(
     *(f for f in CODE.rglob("*.py") if f.name not in BESIDE),
     *paths.claims_dir().glob("*.yaml"),
+    *paths.results_dir().glob("*.json"),  # the committed benchmark
 )
 
 

@@ -1,24 +1,31 @@
-"""What a step costs: time and memory of the optimizers, side by side.
+"""What a training step costs: time and memory of the optimizers, side by side.
 
-Every optimizer steps the same weights with the same gradients, in turn, so that a machine whose speed drifts slows all
-of them alike; quote the ratios. Timings decide no test.
+Whatever is compared is measured in turn, round by round, so that a machine whose speed drifts slows all of it alike;
+quote the ratios. With one thread the clock is the processor time of that thread, which goes on only while it runs. The
+optimizers share weights and gradients and step with a learning rate of 1e-9, which moves next to nothing.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from koala_lib import models, paths
 from koala_lib.optim import KoalaM, KoalaV
 from koala_lib.runs import write_json
-
-Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
+from koala_lib.traffic import Factory, Row, memory, now, step
 
 CONTENDERS: dict[str, Factory] = {
     "SGD momentum, foreach": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, foreach=True),
@@ -32,107 +39,256 @@ CONTENDERS: dict[str, Factory] = {
     "KOALA-M, weight decay": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4),
     "KOALA-M, released": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
 }
-BASE = "AdamW, fused"
+SWEPT = ("SGD momentum, fused", "AdamW, fused", "KOALA-V", "KOALA-M")
+SIZES = (125_000, 500_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000, 64_000_000)
+LARGE = 4_000_000  # four tensors of 16 MB: a step of fewer parameters may find part of them in a cache
+
+# The optimizers as the classification runs train with them, SGD and Adam as fast as torch has them.
+TRAINED: dict[str, Factory] = {
+    "SGD": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, weight_decay=5e-4, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, 1e-9, weight_decay=5e-4, fused=True),
+    "KOALA-V": lambda p: KoalaV(p, 1e-9, weight_decay=5e-4, formulas="released"),
+    "KOALA-M": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
+}
 
 
-def _weights(shapes: Iterable[torch.Size | tuple[int, ...]], device: str) -> list[Tensor]:
-    """Parameters of the given shapes with gradients, both ~ N(0, 0.01^2)."""
-    params: list[Tensor] = []
-    for shape in shapes:
-        p = nn.Parameter(0.01 * torch.randn(shape, device=device))
-        p.grad = 0.01 * torch.randn_like(p)
-        params.append(p)
-    return params
+def with_gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Parameters as a list, each with a gradient of its memory layout. The values do not matter for the time."""
+    listed: list[Tensor] = list(params)
+    for p in listed:
+        p.grad = torch.full_like(p, 0.01)
+    return listed
 
 
-def _step(optimizer: torch.optim.Optimizer, losses: Tensor) -> None:
-    if isinstance(optimizer, (KoalaV, KoalaM)):
-        optimizer.predict()
-        optimizer.step(loss=losses)
-    else:
-        optimizer.step()
+def synthetic(parameters: int, *, tensors: int = 16, device: str = "cpu") -> list[Tensor]:
+    """A flat model: ``tensors`` vectors with gradients, together of so many elements (rounded down)."""
+    size = parameters // tensors
+    return with_gradients(nn.Parameter(torch.full((size,), 0.01, device=device)) for _ in range(tensors))
+
+
+def image_network(name: str, *, device: str = "cpu") -> nn.Module:
+    """A network of the classification runs as they train it, channels last, for 100 classes of 32x32 images."""
+    network = models.build(name, num_classes=100).to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+# ---------------------------------------------------------------- time
+
+
+def interleave(
+    jobs: Mapping[str, Callable[[], object]], rounds: int, *, device: str = "cpu", seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every job in each round; the jobs take turns, and a first round that makes states is left out.
+
+    Args:
+        jobs: What to time, by name.
+        rounds: How many rounds.
+        device: torch device; its queue is waited for.
+        seconds: Go on with more rounds until this time is over.
+    """
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    end = time.monotonic() + seconds
+    done = -1
+    while done < rounds or time.monotonic() < end:
+        for name, job in jobs.items():
+            start = now(device)
+            job()
+            times[name].append(now(device) - start)
+        done += 1
+    return {name: t[1:] for name, t in times.items()}
+
+
+def _spread(name: str, values: Iterable[float]) -> Row:
+    """Median and quartiles, as columns ``name``, ``name_q1`` and ``name_q3``."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {name: median, f"{name}_q1": q1, f"{name}_q3": q3}
 
 
 def measure(
-    shapes: Iterable[torch.Size | tuple[int, ...]],
+    params: list[Tensor],
+    contenders: Mapping[str, Factory] = CONTENDERS,
     *,
+    base: str = "AdamW, fused",
     device: str = "cpu",
-    contenders: Iterable[str] = CONTENDERS,
     seconds: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Time steps of every contender in turn.
+) -> list[Row]:
+    """Time the step of every optimizer on the same parameters.
 
     Args:
-        shapes: of the parameter tensors.
+        params: Parameters with gradients.
+        contenders: Optimizers by name.
+        base: The one that the others are compared with.
         device: torch device.
-        contenders: names of :data:`CONTENDERS`.
-        seconds: spent on each contender, at least three steps.
+        seconds: Spent on each optimizer, at least three steps.
 
     Returns:
-        One row per contender: ``ms`` (median of a step), ``ratio`` to fused AdamW, ``state`` (bytes of state per byte
-        of weights).
+        One row an optimizer: ``ms`` a step and ``ratio`` to the base in the same round, each with quartiles.
     """
-    params = _weights(shapes, device)
-    losses = torch.ones(128, device=device)
-    optimizers = {name: CONTENDERS[name](params) for name in contenders}
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    deadline = time.monotonic() + seconds * len(optimizers)
-    while len(times[BASE]) < 4 or time.monotonic() < deadline:
-        for name, optimizer in optimizers.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            _step(optimizer, losses)
-            _synchronise(device)
-            times[name].append(time.perf_counter() - start)
-    median = {name: 1e3 * statistics.median(t[1:]) for name, t in times.items()}  # the first step makes the state
-    weight = sum(p.numel() * p.element_size() for p in params)
+    jobs = {name: partial(step, create(params)) for name, create in contenders.items()}
+    times = interleave(jobs, 3, device=device, seconds=seconds * len(jobs))
     return [
-        {"optimizer": name, "ms": median[name], "ratio": median[name] / median[BASE], "state": _state(o) / weight}
-        for name, o in optimizers.items()
+        {"optimizer": name}
+        | _spread("ms", (1e3 * s for s in t))
+        | _spread("ratio", (a / b for a, b in zip(t, times[base], strict=True)))
+        for name, t in times.items()
     ]
 
 
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def sweep(
+    contenders: Mapping[str, Factory],
+    sizes: Sequence[int] = SIZES,
+    *,
+    tensors: int = 16,
+    repetitions: int = 5,
+    rounds: int = 3,
+    device: str = "cpu",
+) -> list[Row]:
+    """Time steps over the number of parameters, every repetition with new parameters and optimizers.
+
+    A first size is added: 2048 elements a tensor, where a step costs its fixed part. At least ``rounds`` are timed.
+
+    Returns:
+        One row by repetition, size and optimizer: ``repetition``, ``parameters``, ``optimizer``, ``ms`` (median).
+    """
+    rows = []
+    for repetition in range(repetitions):
+        for size in (2048 * tensors, *sizes):
+            params = synthetic(size, tensors=tensors, device=device)
+            jobs = {name: partial(step, create(params)) for name, create in contenders.items()}
+            for name, t in interleave(jobs, rounds, device=device, seconds=0.05).items():
+                ms = 1e3 * statistics.median(t)
+                rows.append({"repetition": repetition, "parameters": size, "optimizer": name, "ms": ms})
+    return rows
 
 
-def _state(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the per-parameter state."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.dim()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+def exponents(rows: Iterable[Row], optimizer: str, *, smallest: int = LARGE) -> dict[int, float]:
+    """By repetition, the c of ms - overhead ~ parameters^c, fitted to the sizes from ``smallest`` on.
+
+    Raises:
+        ValueError: with fewer than two such sizes.
+    """
+    times: dict[int, dict[int, float]] = {}
+    for row in rows:
+        if row["optimizer"] == optimizer:
+            times.setdefault(row["repetition"], {})[row["parameters"]] = row["ms"]
+    large = sorted({n for ms in times.values() for n in ms if n >= smallest})
+    if len(large) < 2:
+        raise ValueError(f"an exponent needs two sizes from {smallest} on, got {large} for {optimizer!r}")
+    above = {repetition: [ms[n] - ms[min(ms)] for n in large] for repetition, ms in times.items()}
+    return {repetition: float(np.polyfit(np.log(large), np.log(t), 1)[0]) for repetition, t in above.items()}
 
 
-def main(device: str = "cpu", largest: float = 1e8) -> None:
-    """Print both tables and keep them in ``report/bench.json``.
+def training_step(
+    model: str = "resnet18",
+    *,
+    batch_size: int = 128,
+    rounds: int = 5,
+    contenders: Mapping[str, Factory] = TRAINED,
+    device: str = "cpu",
+) -> list[Row]:
+    """Time whole training steps (forward, backward, optimizer) on random images of CIFAR's shape.
+
+    All optimizers step one network, so that forward and backward are the same work; the first one is the base.
+
+    Returns:
+        One row an optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
+        forward and backward; ``whole_percent``, the whole step over the base's in the same round; ``overhead_percent``,
+        the optimizer's part less the base's, over the base's whole step, which leaves out the noise of the rest.
+    """
+    torch.manual_seed(0)
+    network = image_network(model, device=device)
+    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(100, (batch_size,), device=device)
+    gradients: list[float] = []  # seconds of forward and backward, in the order of the steps
+
+    def closure() -> Tensor:
+        start = now(device)
+        network.zero_grad()
+        losses = nn.functional.cross_entropy(network(images), labels, reduction="none")
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+        gradients.append(now(device) - start)
+        return losses
+
+    params: list[Tensor] = list(network.parameters())
+    jobs = {name: partial(create(params).step, closure) for name, create in contenders.items()}
+    whole = {name: np.array(t) for name, t in interleave(jobs, rounds, device=device).items()}
+    own = {name: t - gradients[i :: len(jobs)][1:] for i, (name, t) in enumerate(whole.items())}
+    base = next(iter(jobs))
+    return [
+        {"optimizer": name}
+        | _spread("seconds", whole[name])
+        | _spread("optimizer_ms", 1e3 * own[name])
+        | _spread("whole_percent", 100 * (whole[name] / whole[base] - 1))
+        | _spread("overhead_percent", 100 * (own[name] - own[base]) / whole[base])
+        for name in whole
+    ]
+
+
+# ---------------------------------------------------------------- the command
+
+
+def file() -> Path:
+    """The committed results: by kind of device and section, provenance and rows."""
+    return paths.results_dir() / "bench.json"
+
+
+def stored(device: str = "cpu") -> dict[str, Any]:
+    """Committed results of a kind of device by section, empty where there are none."""
+    content = json.loads(file().read_text()) if file().exists() else {}
+    return dict(content.get(device.partition(":")[0], {}))
+
+
+def provenance(device: str) -> Row:
+    """Where and under which load (processes that wanted to run, mean over a minute) something is being measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.+)", listing.read_text()) if listing.exists() else None
+    return name[1] if name else platform.processor() or platform.machine()
+
+
+def main(device: str = "cpu", *, whole: bool = False) -> None:
+    """Print the tables and keep them in ``data/results/bench.json``; sections that are not measured stay as they are.
 
     Args:
         device: torch device.
-        largest: parameters of the largest synthetic model.
+        whole: Also time whole training steps of ResNet-18, some minutes on a CPU.
     """
-    print(f"device {device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for name in ("resnet18", "resnet50"):
-        network = models.build(name, num_classes=100)
-        shapes = [p.shape for p in network.parameters()]
-        rows = tables[name] = measure(shapes, device=device)
-        print(f"\n{name}, {len(shapes)} tensors, {sum(s.numel() for s in shapes):,} parameters, float32")
-        print(f"{'optimizer':<24}{'ms a step':>12}{'/ ' + BASE:>18}{'state / weights':>18}")
-        for row in rows:
-            print(f"{row['optimizer']:<24}{row['ms']:>12.2f}{row['ratio']:>18.2f}{row['state']:>18.2f}")
-    some = [BASE, "SGD momentum, fused", "KOALA-V", "KOALA-M"]
-    print(
-        "\nnanoseconds per parameter and step, 64 tensors\n" + f"{'parameters':>12}" + "".join(f"{s:>22}" for s in some)
-    )
-    for n in (10**e for e in range(5, 9) if 10**e <= largest):
-        rows = tables[f"{n:.0e}"] = measure([(n // 64,)] * 64, device=device, contenders=some)
-        print(f"{n:>12.0e}" + "".join(f"{1e6 * row['ms'] / n:>22.3f}" for row in rows), flush=True)
-    file = paths.report_dir() / "bench.json"
-    write_json(
-        file, {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
-    )
-    print(f"\nwritten to {file}")
+    networks = [(m, with_gradients(image_network(m, device=device).parameters())) for m in ("resnet18", "resnet50")]
+    sections: dict[str, Callable[[], list[Row]]] = {
+        "step": lambda: [{"model": m} | r for m, p in networks for r in measure(p, device=device)],
+        "memory": lambda: [{"model": m} | r for m, p in networks for r in memory(p, CONTENDERS)],
+        "sweep": lambda: sweep({name: CONTENDERS[name] for name in SWEPT}, device=device),
+    }
+    if whole:
+        sections["training_step"] = lambda: training_step(device=device)
+    for section, measured in sections.items():
+        origin = provenance(device)
+        rows = measured()
+        content = json.loads(file().read_text()) if file().exists() else {}
+        content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
+        write_json(file(), content)
+        print(f"\n{section}: {origin['device']}, {origin['threads']} thread(s), load {origin['load']}")
+        _show(section, rows)
+    print(f"\nwritten to {file()}")
 
 
-if __name__ == "__main__":
-    main()
+def _show(section: str, rows: list[Row]) -> None:
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    if section != "sweep":
+        print(frame.round(3).to_string(index=False))
+        return
+    print("ms a step, median of the repetitions")
+    print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())
+    for name in frame["optimizer"].unique():
+        print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))

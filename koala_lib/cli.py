@@ -247,11 +247,16 @@ def report(
 
 
 @app.command()
-def bench(device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu") -> None:
-    """Time and memory of a step of each optimizer."""
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    training_step: Annotated[
+        bool, typer.Option("--training-step", help="also whole training steps of ResNet-18, some minutes on a CPU")
+    ] = False,
+) -> None:
+    """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
     from koala_lib import bench as benchmark
 
-    benchmark.main(device)
+    benchmark.main(device, whole=training_step)
 
 
 @app.command()

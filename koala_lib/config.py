@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from koala_lib import data, models
+from koala_lib.models.dcgan import GANS
+from koala_lib.models.language import LANGUAGE_MODELS
 from koala_lib.optimizers import OPTIMIZERS
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
@@ -22,9 +24,11 @@ WRAPPERS = ("", "lookahead", "swa")
 # The data sets and networks of each task.
 KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
     "classification": (data.DATASETS, models.MODELS),
+    "gan": (data.DATASETS, GANS),
+    "language_model": (data.TEXTS, LANGUAGE_MODELS),
 }
 
-Arguments = tuple[tuple[str, Any], ...]  # what becomes of a mapping of keywords
+Arguments = Mapping[str, Any] | tuple[tuple[str, Any], ...]  # keywords as given, and as kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ class RunConfig:
     @property
     def label(self) -> str:
         """One line for people."""
-        args = ", ".join(f"{k}={v}" for k, v in self.optimizer_args)
+        args = ", ".join(f"{k}={v}" for k, v in dict(self.optimizer_args).items())
         method = f"{self.wrapper} {self.optimizer}".strip()
         return f"{self.dataset} {self.model} {method}({args}) {self.epochs} epochs, seed {self.seed}"
 

@@ -36,6 +36,13 @@ def _extra(name: str) -> Factory:
     return create
 
 
+def _adamp(params: Iterable[Tensor], **options: Any) -> Optimizer:
+    params = list(params)
+    for p in params:  # its .view refuses channels_last weights; gradients follow the layout of the weights
+        p.data = p.data.contiguous()
+    return _extra("AdamP")(params, **options)
+
+
 OPTIMIZERS: dict[str, Factory] = {
     "koala_v": KoalaV,
     "koala_m": KoalaM,
@@ -45,7 +52,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamax": torch.optim.Adamax,
     "amsgrad": partial(torch.optim.Adam, amsgrad=True),
     "yogi": _extra("Yogi"),
-    "adamp": _extra("AdamP"),
+    "adamp": _adamp,
     "fromage": _extra("Fromage"),
     "adabelief": _extra("AdaBelief"),
 }

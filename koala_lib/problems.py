@@ -229,3 +229,88 @@ def bounded_slopes(offset: float = 5.0, start: float = 1.0) -> FiniteSum:
         return offset + slopes * x + bowl
 
     return FiniteSum(losses, (start,))
+
+
+# ---- the noisy quadratic of MEKA -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoisyQuadratic:
+    """Sample losses 1/2 (theta - xi)^T H (theta - xi) with xi ~ N(0, C) (MEKA, eq. 14); the minimum is at 0.
+
+    The excess f - f* is 1/2 theta^T H theta, a minibatch gradient of B samples H theta + N(0, H C H / B).
+
+    Attributes:
+        hessian: H, (n, n), positive definite.
+        covariance: C, (n, n).
+        start: theta_0, (n,).
+    """
+
+    hessian: Tensor
+    covariance: Tensor
+    start: Tensor
+
+    def excess(self, theta: Tensor) -> Tensor:
+        """f - f*, (..., n) -> (...)."""
+        value: Tensor = (theta @ self.hessian * theta).sum(-1) / 2
+        return value
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """grad f, (..., n) -> (..., n)."""
+        return theta @ self.hessian
+
+    def gradient_noise(self, batch_size: int) -> Tensor:
+        """Sigma = H C H / B, (n, n), the covariance of the minibatch gradient."""
+        return self.hessian @ self.covariance @ self.hessian / batch_size
+
+    def loss_noise(self, theta: Tensor, batch_size: int) -> Tensor:
+        """r, the variance of the minibatch loss: (theta^T H C H theta + 1/2 tr (H C)^2) / B, (..., n) -> (...)."""
+        constant: Tensor = (self.hessian @ self.covariance).matrix_power(2).trace() / 2
+        linear: Tensor = (theta @ self.gradient_noise(1) * theta).sum(-1)
+        return (linear + constant) / batch_size
+
+    def draw(self, *shape: int, generator: torch.Generator) -> Tensor:
+        """Samples xi, (*shape, n)."""
+        normal = torch.randn(*shape, len(self.start), generator=generator, dtype=self.start.dtype)
+        factor: Tensor = torch.linalg.cholesky(self.covariance)
+        return normal @ factor.T
+
+    def model(self) -> torch.nn.Module:
+        """theta as a module, for optimizers that run the forward pass themselves: xi (B, n) -> theta - xi."""
+        return _Shift(self.start.clone())
+
+    def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sample losses (B,) of outputs theta - xi; the targets are ignored."""
+        return self.excess(outputs)
+
+
+class _Shift(torch.nn.Module):
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(start)
+
+    def forward(self, xi: Tensor) -> Tensor:
+        return self.theta - xi
+
+
+def noisy_quadratic(
+    n: int = 20, *, condition: float = 1000.0, noise: float = 1.0, distance: float = 1.0, seed: int = 0
+) -> NoisyQuadratic:
+    """A Hessian with random eigenvectors and eigenvalues from 1 / condition to 1, evenly spread in the logarithm.
+
+    Args:
+        n: number of weights.
+        condition: ratio of the largest eigenvalue to the smallest.
+        noise: C = noise I.
+        distance: theta_0 is normal with this standard deviation in every coordinate.
+        seed: of eigenvectors and start.
+
+    >>> torch.linalg.eigvalsh(noisy_quadratic(3, condition=100.0).hessian)
+    tensor([0.0100, 0.1000, 1.0000], dtype=torch.float64)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n + 1, n, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(normal[1:])[0]
+    eigenvalues = condition ** -torch.linspace(0, 1, n, dtype=torch.float64)
+    hessian = basis * eigenvalues @ basis.T
+    return NoisyQuadratic((hessian + hessian.T) / 2, noise * torch.eye(n, dtype=torch.float64), distance * normal[0])

@@ -66,7 +66,7 @@ class Store:
                 warn(f"{path} is damaged ({error}); the run will be repeated", stacklevel=2)
                 os.replace(path, path.with_suffix(".damaged"))
         if self._committed is None:
-            files = sorted(paths.results_dir().rglob("*.json"))
+            files = sorted(paths.results_dir().glob("*/**/*.json"))  # a folder a preset
             self._committed = {r.key: r for file in files for r in read_results(file)}
         return self._committed.get(key)
 

@@ -136,7 +136,7 @@ class _Run:
         }
         if wrapper == "lookahead":
             self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
-        self.average = _Average(self.task.network, **options) if wrapper == "swa" else None
+        self.average = _Average(self.task.network, config.epochs, **options) if wrapper == "swa" else None
         self.schedulers = {
             name: torch.optim.lr_scheduler.MultiStepLR(optimizer, [*config.milestones], gamma=config.gamma)
             for name, optimizer in self.optimizers.items()
@@ -241,7 +241,11 @@ class _Run:
 class _Average:
     """Stochastic weight averaging: the mean of the weights at the end of epochs ``start``, ``start + every``, …"""
 
-    def __init__(self, network: nn.Module, *, start: int, every: int = 1) -> None:
+    def __init__(self, network: nn.Module, epochs: int, *, start: int, every: int = 1) -> None:
+        if not (1 <= start <= epochs and every >= 1):
+            raise ValueError(
+                f"swa needs 1 <= start <= {epochs} epochs and every >= 1, got start={start}, every={every}"
+            )
         self.start, self.every = start, every
         self.network = swa_utils.AveragedModel(network)
 

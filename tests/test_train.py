@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from koala_lib import config, data, train
+from koala_lib.tasks import Classification, create
 from koala_lib.train import RunConfig, RunResult
 
 QUICK = RunConfig(
@@ -278,3 +279,41 @@ def test_provenance_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert train._commit() == ""
     finally:
         train._commit.cache_clear()
+
+
+# ---------------------------------------------------------------- a validation set
+
+
+def test_a_validation_set_is_held_out_of_the_training_set_and_balanced() -> None:
+    whole, held = (create(QUICK.but(task_args=a), torch.device("cpu")) for a in ({}, {"validation_size": 100}))
+    assert isinstance(whole, Classification)
+    assert isinstance(held, Classification)
+    assert len(held.data.train_labels) == len(whole.data.train_labels) == 320
+    images, labels = held._evaluated["validation"]
+    assert torch.bincount(labels).tolist() == [10] * 10
+    everything = {x.numpy().tobytes() for x in data.load("digits", train_size=420).train_images}
+    trained, unseen = ({x.numpy().tobytes() for x in part} for part in (held.data.train_images, images))
+    assert trained | unseen == everything
+    assert len(trained & unseen) == 0
+    assert torch.equal(held.data.test_images, whole.data.test_images)
+
+
+def test_a_run_with_a_validation_set_measures_both() -> None:
+    final = train.train(QUICK.but(task_args={"validation_size": 100})).final
+    assert set(final) > {"test_error", "test_error_top5", "test_loss", "validation_error", "validation_error_top5"}
+    assert final["validation_error"] == pytest.approx(round(final["validation_error"]))  # of 100 samples
+    assert final["validation_loss"] != final["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (QUICK.but(task_args={"validation_size": -1}), "validation_size must be a whole number >= 0, got -1"),
+        (QUICK.but(task_args={"validation_size": 0.5}), "validation_size must be a whole number >= 0, got 0.5"),
+        (QUICK.but(train_size=None, task_args={"validation_size": 1297}), "leaves nothing of the 1297 training"),
+        (QUICK.but(task_args={"validation_size": 1200}), "train_size must be between 1 and 1297"),
+    ],
+)
+def test_an_impossible_validation_set_is_refused(config: RunConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create(config, torch.device("cpu"))

@@ -1,32 +1,37 @@
-"""Data sets of image classification: found or downloaded, verified, kept as one uint8 tensor on the device.
+"""Images and texts: found or downloaded, verified, kept as one tensor on the device (uint8 pixels, int64 tokens).
 
 Nothing is parsed before its checksum has been compared with the published one. A copy whose checksum differs is
-refused, unless the caller allows it; then :attr:`ImageData.tag` and :attr:`ImageData.identity` say so.
+refused, unless the caller allows it; then the ``tag`` and ``identity`` of what is loaded say so.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from koala_lib.data.files import contents, fetch, identity, row
-from koala_lib.data.formats import DataError, balanced_order
+from koala_lib.data.files import Copy, contents, fetch, identity, row
+from koala_lib.data.formats import Array, DataError, balanced_order
 from koala_lib.data.iteration import batches, epoch_generator, num_batches
-from koala_lib.data.registry import DATASETS, Augmentation
+from koala_lib.data.registry import DATASETS, Augmentation, Dataset
+from koala_lib.data.text import TEXTS, Text, encode
 
 __all__ = [
     "DATASETS",
+    "TEXTS",
     "Augmentation",
     "DataError",
     "ImageData",
+    "TextData",
     "batches",
     "epoch_generator",
     "fetch",
     "identity",
     "load",
+    "load_text",
     "num_batches",
 ]
 
@@ -104,7 +109,10 @@ def load(
     >>> digits.train_images.shape, len(digits.test_images)
     (torch.Size([1297, 1, 8, 8]), 500)
     """
-    dataset, copy = row(name), fetch(name, allow_unverified=allow_unverified)
+    dataset = row(name)
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} is a text; load it with load_text")
+    copy = fetch(name, allow_unverified=allow_unverified)
     train, test = dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
     if train_size is not None:
         if not 0 < train_size <= len(train[1]):
@@ -125,3 +133,88 @@ def load(
         tag=copy.tag,
         identity=copy.identity,
     )
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text on a device.
+
+    Attributes
+    ----------
+    train, validation, test
+        Tokens, int64, ``(N,)``, in the order of the text.
+    vocabulary
+        The tokens by number.
+    unit
+        ``"character"`` or ``"word"``.
+    name, title, tag, identity
+        As in :class:`ImageData`.
+    """
+
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    vocabulary: tuple[str, ...]
+    unit: str
+    name: str
+    title: str
+    tag: str
+    identity: str
+
+
+def load_text(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    train_size: int | None = None,
+    allow_unverified: bool | None = None,
+) -> TextData:
+    """Load a text onto a device, downloading it where necessary.
+
+    Parameters
+    ----------
+    name
+        A name in :data:`TEXTS`.
+    device
+        Where the tokens go.
+    train_size
+        Number of tokens, from the beginning of the training part. ``None``: all of it.
+    allow_unverified
+        As in :func:`load`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a ``train_size`` that the training part does not have.
+    DataError
+        If the text is missing, not verified or damaged.
+
+    Examples
+    --------
+    >>> text = load_text("pydoc-topics", train_size=1000)
+    >>> text.unit, text.train.shape
+    ('character', torch.Size([1000]))
+    """
+    text = row(name)
+    if not isinstance(text, Text):
+        raise ValueError(f"{name} holds images; load it with load")
+    copy = fetch(name, allow_unverified=allow_unverified)
+    (train, validation, test), vocabulary = _encoded(name, text, copy)
+    if train_size is not None and not 0 < train_size <= len(train):
+        raise ValueError(f"train_size must be between 1 and {len(train)} on {text.title}, got {train_size}")
+    return TextData(
+        train=torch.from_numpy(train[:train_size]).to(device),
+        validation=torch.from_numpy(validation).to(device),
+        test=torch.from_numpy(test).to(device),
+        vocabulary=vocabulary,
+        unit=text.unit,
+        name=name,
+        title=text.title,
+        tag=copy.tag,
+        identity=copy.identity,
+    )
+
+
+@lru_cache(maxsize=2)  # every run of a grid asks for the same text
+def _encoded(name: str, text: Text, copy: Copy) -> tuple[list[Array], tuple[str, ...]]:
+    return encode(text, contents(name, copy))

@@ -18,6 +18,7 @@ from typing import cast
 from koala_lib import paths
 from koala_lib.data.formats import Contents, DataError, reading
 from koala_lib.data.registry import DATASETS, Dataset, File
+from koala_lib.data.text import TEXTS, Text
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,26 @@ class Copy:
     tag: str
 
 
-def row(name: str) -> Dataset:
-    """Return the registry's row, or raise ``ValueError`` with the nearest known name."""
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown data set {name!r}; did you mean {near!r}? Known: {', '.join(DATASETS)}")
-    return DATASETS[name]
+def row(name: str) -> Dataset | Text:
+    """Return the row of one of the registries, or raise ``ValueError`` with the nearest known name."""
+    rows: dict[str, Dataset | Text] = {**DATASETS, **TEXTS}
+    if name not in rows:
+        near = difflib.get_close_matches(name, rows, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown data set {name!r}; did you mean {near!r}? Known: {', '.join(rows)}")
+    return rows[name]
 
 
 def identity(name: str, *, allow_unverified: bool | None = None) -> str:
     """Return what identifies the content of a data set: 64 hexadecimal digits, part of the key of every run.
 
     It is the SHA-256 of the published checksums of its files, and so a constant that needs no data. Only where
-    unverified data are allowed, and an unverified copy is found, that copy's files are hashed instead.
+    unverified data are allowed, and an unverified copy is found, that copy's files are hashed instead; and files
+    without a published checksum, because each version of their package has its own, always are.
 
     Parameters
     ----------
     name
-        A name in :data:`DATASETS`.
+        A name in :data:`DATASETS` or :data:`TEXTS`.
     allow_unverified
         As in :func:`koala_lib.data.load`.
 
@@ -57,10 +60,11 @@ def identity(name: str, *, allow_unverified: bool | None = None) -> str:
     DataError
         If a file of an unverified copy cannot be read.
     """
-    dataset = row(name)
-    if not allowed(allow_unverified) or (found := find(name)) is None:
+    dataset, may_differ = row(name), allowed(allow_unverified)
+    published = all(file.digest for file in dataset.files)
+    if (published and not may_differ) or (found := find(name)) is None:
         return _manifest(name, [f"{f.name} {f.digest}" for f in dataset.files])
-    return checked(name, found, allow_unverified=True).identity
+    return checked(name, found, allow_unverified=may_differ).identity
 
 
 def fetch(name: str, *, allow_unverified: bool | None = None) -> Copy:
@@ -92,7 +96,7 @@ def allowed(allow_unverified: bool | None) -> bool:
 
 def find(name: str) -> tuple[Path, ...] | None:
     """Return the archive or all content files in the first folder that has them."""
-    dataset = DATASETS[name]
+    dataset = row(name)
     for folder in paths.data_dirs():
         # A folder named after the data set comes first: MNIST and Fashion-MNIST use the same file names.
         places = [folder / sub for sub in (name, *dataset.folders, "")]
@@ -118,14 +122,15 @@ def _shipped(file: File) -> Path:
 
 def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Copy:
     """Compare checksums before anything is parsed."""
-    dataset = DATASETS[name]
+    dataset = row(name)
     expected = (dataset.archive,) if dataset.archive and found[0].name == dataset.archive.name else dataset.files
     for path, file in zip(found, expected, strict=True):
-        kind, digest = file.digest.split(":")
-        if (actual := _digest(path, kind)) != digest:
+        kind, digest = (file.digest or "sha256:").split(":")
+        if (actual := _digest(path, kind)) != digest and digest:
             break
     else:
-        return Copy(found, _manifest(name, [f"{f.name} {f.digest}" for f in dataset.files]), tag="")
+        own = {f.name: f"sha256:{_digest(p, 'sha256')}" for p, f in zip(found, expected, strict=True) if not f.digest}
+        return Copy(found, _manifest(name, [f"{f.name} {f.digest or own[f.name]}" for f in dataset.files]), tag="")
     if not allow_unverified:
         raise DataError(
             f"{path} is not the published file of {dataset.title} ({kind} {actual}, expected {digest}): replace it, or "
@@ -159,7 +164,7 @@ def _opened(path: Path) -> BufferedIOBase:
 
 def contents(name: str, copy: Copy) -> Contents:
     """Yield ``(name for messages, bytes)`` of the content files, in the registry's order."""
-    dataset = DATASETS[name]
+    dataset = row(name)
     if dataset.archive and copy.files[0].name == dataset.archive.name:
         yield from _members(copy.files[0], [file.name for file in dataset.files])
         return
@@ -184,7 +189,7 @@ def _members(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def _download(name: str) -> None:
     """Download to ``data/raw/<name>``; whatever goes wrong becomes one sentence with what to do."""
-    dataset = DATASETS[name]
+    dataset = row(name)
     wanted = [dataset.archive] if dataset.archive else [f for f in dataset.files if not f.package]
     what = ", ".join(f.name for f in wanted) if len(wanted) < 5 else f"{wanted[0].name} … {wanted[-1].name}"
     looked = " and ".join(str(p) for p in paths.data_dirs())
@@ -195,7 +200,7 @@ def _download(name: str) -> None:
         import pooch  # type: ignore[import-untyped]
 
         for file in wanted:
-            fname = file.url.rsplit("/", 1)[-1]
+            fname = f"{file.name}.gz" if file.url.endswith(f"{file.name}.gz") else file.name
             pooch.retrieve(file.url, file.download, fname=fname, path=paths.raw_dir() / name)
     except ImportError as error:
         raise DataError(f"{dataset.title} is not in {looked}: install pooch to download it, or {advice}") from error

@@ -7,11 +7,15 @@ import torch
 from koala_lib.config import RunConfig
 from koala_lib.tasks._base import Task, options
 from koala_lib.tasks.classification import Classification
+from koala_lib.tasks.gan import Gan
+from koala_lib.tasks.language_model import LanguageModel
 
 __all__ = ["TASKS", "Task", "create"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "gan": Gan,
+    "language_model": LanguageModel,
 }
 
 

@@ -66,10 +66,11 @@ class Task(ABC):
 def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
     """The ``task_args`` of a configuration, refused where the task does not have them."""
     known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name, _ in config.task_args:
+    given = dict(config.task_args)
+    for name in given:
         if name not in known:
             raise TypeError(f"task {config.task!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
-    return dict(config.task_args)
+    return given
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from koala_lib import data, models
 from koala_lib.config import RunConfig
+from koala_lib.data.formats import balanced_order
 from koala_lib.tasks._base import Task, autocast
 
 Batch = tuple[Tensor, Tensor]
@@ -17,15 +19,28 @@ Batch = tuple[Tensor, Tensor]
 class Classification(Task):
     """Cross-entropy on images and labels. The data set lies on the device and is augmented there.
 
-    Test metrics are ``test_loss`` (nats), ``test_error`` and ``test_error_top5`` (%).
+    Test metrics are ``test_loss`` (nats), ``test_error`` and ``test_error_top5`` (%); with a validation set the same
+    with ``validation_`` come after them.
+
+    Args:
+        config: the run.
+        device: where it runs.
+        validation_size: so many class-balanced samples of the training set are held out, beside the ``train_size``
+            that are trained on; for choosing hyper-parameters, which must not see the test set.
 
     Raises:
-        ValueError: if a batch is larger than the training set.
+        ValueError: if a batch is larger than the training set, or ``validation_size`` is impossible.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, *, validation_size: int = 0) -> None:
+        if type(validation_size) is not int or validation_size < 0:
+            raise ValueError(f"validation_size must be a whole number >= 0, got {validation_size!r}")
         self.config, self.device = config, device
-        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
+        size = config.train_size and config.train_size + validation_size
+        self.data = data.load(config.dataset, device=device, train_size=size)
+        self._evaluated = {"test": (self.data.test_images, self.data.test_labels)}
+        if validation_size:
+            self.data, self._evaluated["validation"] = _hold_out(self.data, validation_size)
         images, labels = self.data.train_images, self.data.train_labels
         self.steps_per_epoch = len(labels) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -66,12 +81,25 @@ class Classification(Task):
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        images, labels, top = self.data.test_images, self.data.test_labels, min(5, self.data.num_classes)
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for x, y in data.batches(images, labels, 1000, mean=self.data.mean, std=self.data.std):
-            logits = network(x).float()
-            hits = logits.topk(top, dim=1).indices == y[:, None]
-            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
-        loss_sum, first, five = (sums / len(labels)).tolist()
-        return {"test_loss": loss_sum, "test_error": 100 * (1 - first), "test_error_top5": 100 * (1 - five)}
+        top, metrics = min(5, self.data.num_classes), {}
+        for name, (images, labels) in self._evaluated.items():
+            sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+            for x, y in data.batches(images, labels, 1000, mean=self.data.mean, std=self.data.std):
+                logits = network(x).float()
+                hits = logits.topk(top, dim=1).indices == y[:, None]
+                loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+                sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
+            loss_sum, first, five = (sums / len(labels)).tolist()
+            metrics[f"{name}_loss"] = loss_sum
+            metrics |= {f"{name}_error": 100 * (1 - first), f"{name}_error_top5": 100 * (1 - five)}
+        return metrics
+
+
+def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Batch]:
+    """The data set without ``size`` class-balanced samples of its training set, and those."""
+    images, labels = dataset.train_images, dataset.train_labels
+    if size >= len(labels):
+        raise ValueError(f"validation_size={size} leaves nothing of the {len(labels)} training samples")
+    order = torch.from_numpy(balanced_order(labels.numpy(force=True))).to(labels.device)
+    kept, held = (part.sort().values for part in (order[:-size], order[-size:]))
+    return replace(dataset, train_images=images[kept], train_labels=labels[kept]), (images[held], labels[held])

@@ -1,0 +1,166 @@
+"""Language models: an LSTM and a causal Transformer, both over tokens of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["LANGUAGE_MODELS", "LSTM", "State", "Transformer"]
+
+State = tuple[Tensor, ...]  # what a network remembers from one window of text to the next; empty at the beginning
+
+
+class LSTM(nn.Module):
+    """Embedding, LSTM, output layer, with dropout between them (Zaremba et al., arXiv 1409.2329).
+
+    Weights of embedding and output are uniform in ±0.1 and the biases of the output are zero, as in torch's example
+    ``word_language_model``; the LSTM has torch's initial weights.
+
+    Parameters
+    ----------
+    vocabulary
+        Number of tokens.
+    embedding, hidden, layers
+        Sizes.
+    dropout
+        Probability; on embeddings, between the layers, and before the output.
+    tied
+        Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
+
+    Raises
+    ------
+    ValueError
+        If ``tied`` is asked for with different sizes.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        embedding: int = 32,
+        hidden: int = 64,
+        layers: int = 1,
+        dropout: float = 0.0,
+        tied: bool = False,
+    ) -> None:
+        super().__init__()
+        if tied and embedding != hidden:
+            raise ValueError(f"tied weights need embedding = hidden, got {embedding} and {hidden}")
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        self.dropout = nn.Dropout(dropout)
+        between = dropout if layers > 1 else 0.0  # torch warns where there is no between
+        self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, dropout=between)
+        self.output = nn.Linear(hidden, vocabulary)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.uniform_(self.output.weight, -0.1, 0.1)
+        nn.init.zeros_(self.output.bias)
+        if tied:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
+        """Negative log-likelihood of the next tokens.
+
+        Parameters
+        ----------
+        tokens, targets
+            int64, ``(B, T)``; ``targets[:, t]`` is what comes after ``tokens[:, t]``. Where it is negative, the
+            likelihood is 0.
+        state
+            What the same rows of the window before left behind.
+
+        Returns
+        -------
+        tuple
+            Nats per token, ``(B, T)``, float32; and the state after the last token, ``(layers, B, hidden)`` twice.
+        """
+        embedded = self.dropout(self.embedding(tokens))
+        hidden, (h, c) = self.lstm(embedded, (state[0], state[1]) if state else None)
+        return _nats(self.output(self.dropout(hidden)), targets), (h, c)
+
+
+class Transformer(nn.Module):
+    """A causal pre-LayerNorm Transformer with learned positions, GPT-2's layout (Radford et al., 2019).
+
+    Embeddings are normal with standard deviation 0.02; the layers have torch's initial weights, each its own.
+
+    Parameters
+    ----------
+    vocabulary
+        Number of tokens.
+    context
+        The longest window that it can read.
+    width, heads, layers
+        Sizes; the layers between attention are four times as wide.
+    dropout
+        Probability; on embeddings and in the layers.
+    tied
+        Whether the output uses the embedding's weights.
+
+    Raises
+    ------
+    ValueError
+        If ``width`` is no multiple of ``heads``.
+    """
+
+    mask: Tensor
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        context: int,
+        width: int = 32,
+        heads: int = 2,
+        layers: int = 1,
+        dropout: float = 0.0,
+        tied: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
+        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.dropout = nn.Dropout(dropout)
+        # A list, because nn.TransformerEncoder starts all its layers from the same weights.
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        if tied:
+            self.output.weight = self.embedding.weight
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
+        """As :meth:`LSTM.forward`, without a state: nothing is remembered between windows.
+
+        Raises
+        ------
+        ValueError
+            If the window is longer than ``context``.
+        """
+        length, context = tokens.shape[1], self.positions.num_embeddings
+        if length > context:
+            raise ValueError(f"a window of {length} tokens is longer than the context, {context}")
+        hidden = self.dropout(self.embedding(tokens) + self.positions.weight[:length])
+        for layer in self.layers:
+            hidden = layer(hidden, src_mask=self.mask[:length, :length], is_causal=True)
+        return _nats(self.output(self.norm(hidden)), targets), ()
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    logits, flat = logits.flatten(0, 1).float(), targets.flatten()
+    return functional.cross_entropy(logits, flat, ignore_index=-1, reduction="none").view_as(targets)
+
+
+def _lstm(vocabulary: int, *, context: int, **options: Any) -> LSTM:
+    return LSTM(vocabulary, **options)  # reads windows of any length
+
+
+# Called with the number of tokens, ``context``, and the options of the class.
+LANGUAGE_MODELS: Final[dict[str, Callable[..., nn.Module]]] = {"lstm": _lstm, "transformer": Transformer}

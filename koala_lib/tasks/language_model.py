@@ -1,0 +1,172 @@
+"""Language models: predict each token of a text from those before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from koala_lib import data
+from koala_lib.config import RunConfig
+from koala_lib.models.language import LANGUAGE_MODELS, State
+from koala_lib.tasks._base import Task, autocast
+
+COLUMNS = 16  # of validation and test text, read side by side
+
+
+class Window(NamedTuple):
+    """A piece of text: tokens and what comes after each, int64 ``(B, T)``; ``first`` at the beginning of the text."""
+
+    tokens: Tensor
+    targets: Tensor
+    first: bool
+
+
+class LanguageModel(Task):
+    """Cross-entropy per token, in nats.
+
+    The training text is cut into ``batch_size`` columns of equal length, which are read side by side, from top to
+    bottom, in windows of ``sequence_length`` tokens. An LSTM goes into a window with the state that it left the last
+    one in, without a gradient into the past (truncated backpropagation); an epoch starts anew. The order is the same in
+    every epoch and for every seed, and fewer than ``batch_size * (sequence_length + 1)`` tokens at the ends are left
+    out. A sample, whose loss a filter of the loss sees, is a row of a window: the mean over its tokens.
+
+    Test metrics are ``test_loss``, ``perplexity`` = exp(test_loss), for characters also ``bits_per_character`` =
+    test_loss / log 2, and ``validation_loss``. Every token of those texts is predicted once, but the first. Beside
+    them stands ``unigram_loss``, the test loss of a model that knows how often each token stands in the training text
+    (plus one), and no context.
+
+    Args:
+        config: ``train_size`` counts tokens from the beginning of the text.
+        device: where everything lives.
+        sequence_length: tokens in a row of a window.
+        clip_norm: the gradient is shortened to this norm where it is longer, before the optimizer sees it; 0: never.
+
+    Raises:
+        ValueError: for an option out of range, or a text shorter than one window.
+    """
+
+    def __init__(
+        self, config: RunConfig, device: torch.device, *, sequence_length: int = 35, clip_norm: float = 0.0
+    ) -> None:
+        _check(config, sequence_length, clip_norm)
+        self.config, self.device = config, device
+        self.sequence_length, self.clip_norm = sequence_length, clip_norm
+        self.data = data.load_text(config.dataset, device=device, train_size=config.train_size)
+        self._height = (len(self.data.train) - 1) // config.batch_size
+        self.steps_per_epoch = self._height // sequence_length
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size={config.batch_size} rows of sequence_length={sequence_length} need more than the "
+                f"{len(self.data.train)} training tokens"
+            )
+        create = LANGUAGE_MODELS[config.model]
+        network = create(len(self.data.vocabulary), context=sequence_length, **dict(config.model_args))
+        self.network = network.to(device)
+        self.parts = {"network": self.network}
+        self.state: State = ()
+        self._unigram_loss = _unigram_loss(self.data)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        size = self._height * self.config.batch_size
+        return windows(self.data.train[: size + 1], self.config.batch_size, self.sequence_length, start, whole=True)
+
+    def _nats(self, network: nn.Module, window: Window, state: State) -> tuple[Tensor, State]:
+        with autocast(self.config, self.device):
+            nats, state = network(window.tokens, window.targets, () if window.first else state)
+        return nats, tuple(s.detach() for s in state)
+
+    def sample_losses(self, batch: Window) -> Tensor:
+        """Mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
+        nats, self.state = self._nats(self.network, batch, self.state)
+        return nats.mean(1)
+
+    def step(self, batch: Window, optimizers: Mapping[str, Optimizer]) -> Tensor:
+        optimizer = optimizers["network"]
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            losses = self.sample_losses(batch)
+            losses.mean().backward()  # type: ignore[no-untyped-call]
+            if self.clip_norm:
+                nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+            return losses
+
+        returned: Any = optimizer.step(closure)  # type: ignore[arg-type]
+        loss: Tensor = returned.detach().mean()
+        return loss.reshape(1)
+
+    @torch.no_grad()
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        validation, test = (self._mean_nats(network, text) for text in (self.data.validation, self.data.test))
+        bits = {"bits_per_character": test / math.log(2)} if self.data.unit == "character" else {}
+        perplexity = math.exp(test) if test < 700 else math.inf  # math.exp raises where it overflows
+        return {
+            "test_loss": test,
+            "perplexity": perplexity,
+            **bits,
+            "validation_loss": validation,
+            "unigram_loss": self._unigram_loss,
+        }
+
+    def _mean_nats(self, network: nn.Module, text: Tensor) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        state: State = ()
+        for window in windows(text, COLUMNS, self.sequence_length):
+            nats, state = self._nats(network, window, state)
+            total += nats.sum(dtype=torch.float64)
+        return total.item() / (len(text) - 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip("hc", self.state, strict=False))
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.state = tuple(state.values())
+
+
+def _check(config: RunConfig, sequence_length: int, clip_norm: float) -> None:
+    if type(sequence_length) is not int or sequence_length < 1:
+        raise ValueError(f"sequence_length must be a whole number >= 1, got {sequence_length!r}")
+    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
+        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
+    if config.augment:
+        raise ValueError("augment=True: there are no crops of a text")
+
+
+def _unigram_loss(text: data.TextData) -> float:
+    counts = text.train.bincount(minlength=len(text.vocabulary)).double() + 1
+    return -(counts / counts.sum()).log()[text.test[1:]].mean().item()
+
+
+def windows(text: Tensor, columns: int, length: int, start: int = 0, *, whole: bool = False) -> Iterator[Window]:
+    """Cut a text into columns and these into windows, from window ``start`` on.
+
+    Args:
+        text: tokens, ``(N,)``.
+        columns: rows of a window; each column of the text goes on in the same row of the next window.
+        length: tokens in a row; the last window may be shorter.
+        start: windows to leave out.
+        whole: leave out a shorter last window.
+
+    Yields:
+        Windows that predict each token but the first once. Where the last column is shorter than the others, its
+        targets are filled up with -1, which costs nothing.
+
+    >>> first, last = windows(torch.arange(8), columns=2, length=3)
+    >>> first.tokens.tolist(), first.targets.tolist()
+    ([[0, 1, 2], [4, 5, 6]], [[1, 2, 3], [5, 6, 7]])
+    >>> last.targets.tolist()
+    [[4], [-1]]
+    """
+    height = -(-(len(text) - 1) // columns)
+    missing = height * columns - (len(text) - 1)
+    tokens = nn.functional.pad(text[:-1], (0, missing)).view(columns, height)
+    targets = nn.functional.pad(text[1:], (0, missing), value=-1).view(columns, height)
+    count = height // length if whole else -(-height // length)
+    for k in range(start, count):
+        part = slice(k * length, (k + 1) * length)
+        yield Window(tokens[:, part], targets[:, part], first=k == 0)

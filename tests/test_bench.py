@@ -1,0 +1,245 @@
+"""The benchmark's bookkeeping, on a clock that is ours, and its counts. No test depends on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from koala_lib import bench
+from koala_lib.optim import KoalaM
+from koala_lib.traffic import Factory, Traffic, memory, now, step, traffic
+
+# ---------------------------------------------------------------- time
+
+
+class Clock:
+    """Goes on only when somebody takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def take(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    ours = Clock()
+    monkeypatch.setattr(bench, "now", lambda device: ours.now)
+    monkeypatch.setattr(bench, "time", ours)  # of which only the monotonic clock is used
+    return ours
+
+
+class Slow(torch.optim.SGD):
+    """Takes some seconds a step, and others in its first one."""
+
+    def __init__(self, params: list[Tensor], clock: Clock, seconds: Callable[[list[Tensor]], float]) -> None:
+        super().__init__(params, lr=0.0)
+        self.clock, self.seconds, self.params = clock, seconds, params
+        self.first = True
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.clock.take(1000.0 if self.first else self.seconds(self.params))
+        self.first = False
+        return loss
+
+
+def test_jobs_take_turns_and_the_first_round_does_not_count(clock: Clock) -> None:
+    calls = []
+
+    def job(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            clock.take(seconds if len(calls) > 2 else 100.0)
+
+        return run
+
+    times = bench.interleave({"a": job("a", 1.0), "b": job("b", 2.0)}, 3)
+    assert calls == ["a", "b"] * 4
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
+    calls.clear()
+    assert len(bench.interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
+
+
+@pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])
+def test_waiting_takes_no_time_of_a_single_thread(threads: int, counts: bool) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        start = now()
+        time.sleep(0.05)
+        assert (now() - start >= 0.05) is counts
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_ratio_is_that_of_the_same_round(clock: Clock) -> None:
+    rounds = {"base": iter([2.0, 20.0, 4.0]), "other": iter([6.0, 60.0, 12.0])}  # a machine that changes its speed
+    slow = {n: lambda p, times=times: Slow(p, clock, lambda _: next(times)) for n, times in rounds.items()}
+    base, other = bench.measure(bench.synthetic(32), slow, base="base", seconds=0.0)
+    assert (base["ratio"], base["ms"]) == (1.0, 4000.0)
+    assert (other["ratio_q1"], other["ratio"], other["ratio_q3"]) == (3.0, 3.0, 3.0)
+    assert (other["ms_q1"], other["ms"], other["ms_q3"]) == (9000.0, 12000.0, 36000.0)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.3])
+def test_the_exponent_is_that_above_the_fixed_overhead(clock: Clock, power: float) -> None:
+    def seconds(params: list[Tensor]) -> float:
+        n = sum(p.numel() for p in params)
+        return 5.0 + (0.0 if n == 4096 else 1e-3 * n**power)
+
+    sizes = (10_000, 50_000, 100_000, 200_000)
+    slow = {"ours": lambda p: Slow(p, clock, seconds), "constant": lambda p: Slow(p, clock, lambda _: 1.0)}
+    rows = bench.sweep(slow, sizes, tensors=2, repetitions=3, rounds=2)
+    assert [r["parameters"] for r in rows if r["repetition"] == 1 and r["optimizer"] == "ours"] == [4096, *sizes]
+    assert bench.exponents(rows, "ours", smallest=50_000) == pytest.approx(dict.fromkeys(range(3), power))
+    with pytest.raises(ValueError, match=r"two sizes from 150000 on, got \[200000\]"):
+        bench.exponents(rows, "ours", smallest=150_000)
+
+
+def test_the_overhead_of_a_training_step_leaves_forward_and_backward_out(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients = iter([50.0] * 2 + [10.0, 14.0] * 3)  # the noise of forward and backward must not reach the overhead
+
+    def cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        assert (logits.shape, labels.shape, reduction) == ((2, 100), (2,), "none")
+        clock.take(next(gradients))
+        return logits.sum(1)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", cross_entropy)
+    slow = {n: lambda p, s=s: Slow(p, clock, lambda _: s) for n, s in {"base": 1.0, "other": 3.0}.items()}
+    base, other = bench.training_step("resnet8", batch_size=2, rounds=3, contenders=slow)
+    assert (base["seconds"], base["optimizer_ms"], base["overhead_percent"]) == (11.0, 1000.0, 0.0)
+    assert (other["seconds"], other["optimizer_ms"]) == (17.0, 3000.0)
+    assert other["overhead_percent"] == pytest.approx(100 * 2 / 11)
+    assert other["whole_percent"] == pytest.approx(100 * 6 / 11)
+
+
+def test_a_training_step_runs_with_the_real_optimizers() -> None:
+    rows = bench.training_step("resnet8", batch_size=2, rounds=2)
+    assert [r["optimizer"] for r in rows] == ["SGD", "Adam", "KOALA-V", "KOALA-M"]
+    assert all(0 < r["optimizer_ms"] < 1e3 * r["seconds"] for r in rows)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_traffic_counts_what_operations_read_write_and_keep() -> None:
+    a, b = torch.ones(1000), torch.ones(1000)
+    with Traffic() as seen:
+        a.add_(b)  # reads 2, writes 1
+        half = a[:500].view(50, 10)  # free
+        c = torch.where(torch.tensor(True), half, 0.0)  # reads 1/2, writes 1/2
+        d = a - c.view(-1)[0]  # reads 1, writes 1
+        del c, d
+        torch._foreach_mul_([a, b], 2.0)  # reads 2, writes 2
+    big = [(r["operation"], r["reads"], r["writes"]) for r in seen.operations if r["reads"] > 100]
+    assert big == [("add_", 2000, 1000), ("where", 502, 500), ("sub", 1001, 1000), ("_foreach_mul_", 2000, 2000)]
+    assert 6000 <= seen.peak < 6100  # c and d, and a few scalars
+
+
+FOREACH = {"KOALA-M, foreach": lambda p: KoalaM(p, 1e-9, foreach=True)}
+
+
+@pytest.mark.parametrize("create", [*bench.CONTENDERS.values(), *FOREACH.values()], ids=[*bench.CONTENDERS, *FOREACH])
+def test_the_peak_is_that_of_the_allocator(create: Factory) -> None:
+    params = bench.synthetic(400_000, tensors=4)
+    optimizer = create(params)
+    step(optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step(optimizer)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    assert alive == 0, "a second step leaves nothing behind"
+    assert traffic(create, params).peak == pytest.approx(peak, rel=0.01, abs=5000)
+
+
+@pytest.mark.parametrize(("name", "reads", "writes"), [("SGD momentum, fused", 3, 2), ("AdamW, fused", 4, 3)])
+def test_traffic_of_the_fused_optimizers_is_that_of_their_formulas(name: str, reads: int, writes: int) -> None:
+    params = bench.synthetic(40_000)
+    operations = traffic(bench.CONTENDERS[name], params).operations
+    assert sum(r["reads"] for r in operations) == pytest.approx(reads * 40_000, rel=0.01)
+    assert sum(r["writes"] for r in operations) == pytest.approx(writes * 40_000, rel=0.01)
+
+
+def test_the_phases_of_koala_are_all_of_its_step() -> None:
+    params = bench.synthetic(400_000)
+    operations = traffic(bench.CONTENDERS["KOALA-M"], params).operations
+    assert {r["phase"] for r in operations} == {"predict", "update"}
+    velocity = [r["phase"] for r in operations if r["operation"] == "_foreach_mul_"]  # p times kappa, tensor by tensor
+    assert velocity == ["predict"] * len(params)
+    corrected = [r["phase"] for r in operations if r["operation"] == "addcmul_"]  # x and p along the gradient
+    assert corrected == ["update"] * 2 * len(params)
+
+
+def test_state_is_counted_to_the_byte() -> None:
+    params = bench.with_gradients([nn.Parameter(torch.ones(10, 7)), nn.Parameter(torch.ones(30))])
+    rows = {r["optimizer"]: r for r in memory(params, bench.CONTENDERS)}
+    assert {name: r["tensors"] for name, r in rows.items()} == {
+        "SGD momentum, foreach": 1,
+        "SGD momentum, fused": 1,
+        "AdamW, foreach": 2,
+        "AdamW, fused": 2,
+        "KOALA-V": 0,
+        "KOALA-V, weight decay": 0,
+        "KOALA-M, fixed Q": 1,
+        "KOALA-M": 2,
+        "KOALA-M, weight decay": 2,
+        "KOALA-M, released": 2,
+    }
+    assert rows["SGD momentum, fused"]["state_bytes"] == 400
+    assert rows["AdamW, fused"]["state_bytes"] == 2 * 400 + 2 * 4  # a step counter for each tensor
+    assert rows["KOALA-V"]["state_bytes"] == 4 * 8  # the filter, in float64
+    assert rows["KOALA-M"]["state_bytes"] == 2 * 400 + 6 * 8
+    assert rows["KOALA-M"]["state"] == pytest.approx(2 + 48 / 400)
+
+
+def test_one_filter_in_two_groups_counts_once() -> None:
+    def create(params: list[Tensor]) -> KoalaM:
+        return KoalaM([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}], 1e-9)
+
+    [row] = memory(bench.synthetic(100, tensors=2), {"two groups": create})
+    assert row["state_bytes"] == 2 * 400 + 48
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_sections_are_kept_with_their_provenance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KOALA_RESULTS", str(tmp_path))
+    assert bench.stored() == {}
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: [{"optimizer": "one", "ms": 1.0}])
+    monkeypatch.setattr(bench, "memory", lambda *_, **__: [{"optimizer": "one", "state": 2.0}])
+    sweep = [{"repetition": 0, "parameters": n, "optimizer": "one", "ms": n / 1e6} for n in (1, *bench.SIZES)]
+    monkeypatch.setattr(bench, "sweep", lambda *_, **__: sweep)
+    monkeypatch.setattr(bench, "training_step", lambda *_, **__: [{"optimizer": "one", "seconds": 3.0}])
+    bench.main(whole=True)
+    assert bench.stored()["training_step"]["rows"] == [{"optimizer": "one", "seconds": 3.0}]
+    monkeypatch.setattr(bench, "training_step", None)  # not called
+    monkeypatch.setattr(bench, "memory", lambda *_, **__: [{"optimizer": "two", "state": 5.0}])
+    bench.main()
+    kept = bench.stored("cpu")
+    assert set(kept) == {"step", "memory", "sweep", "training_step"}
+    assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
+    assert set(kept["sweep"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert bench.stored("cuda:0") == {}
+    assert "exponents of one: 1.000" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "bench.json").read_text())) == ["cpu"]

@@ -43,7 +43,7 @@ SWEPT = ("SGD momentum, fused", "AdamW, fused", "KOALA-V", "KOALA-M")
 SIZES = (125_000, 500_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000, 64_000_000)
 LARGE = 4_000_000  # four tensors of 16 MB: a step of fewer parameters may find part of them in a cache
 
-# The optimizers as the classification runs train with them, SGD and Adam as fast as torch has them.
+# The optimizers as the classification runs train with them; SGD and Adam in torch's fused form.
 TRAINED: dict[str, Factory] = {
     "SGD": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, weight_decay=5e-4, fused=True),
     "Adam": lambda p: torch.optim.Adam(p, 1e-9, weight_decay=5e-4, fused=True),

@@ -97,7 +97,8 @@ def corrected_average(average: Scalar, value: Scalar, weight: Scalar, decay: flo
     >>> corrected_average(corrected_average(0.0, 3.0, weight=0.5, decay=0.5), 6.0, weight=0.75, decay=0.5)
     5.0
     """
-    return average + (1 - decay) / weight * (value - average)
+    share = (1 - decay) / weight
+    return (1 - share) * average + share * value  # exactly v_t where it is the first, or decay = 0
 
 
 # ---- MEKA: the full gradient and the full loss as hidden states --------------------------------------------------

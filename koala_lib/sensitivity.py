@@ -7,11 +7,17 @@ chosen by the validation error, and the test error of the choice is what is repo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-def tolerated_range(values: Sequence[float], errors: Sequence[float], *, margin: float) -> float:
+Numbers = Sequence[float] | np.ndarray[Any, Any]
+
+
+def tolerated_range(values: Numbers, errors: Numbers, *, margin: float) -> float:
     """Width, in decades, of the values whose error is at most ``margin`` above the smallest one of the grid.
 
     Between two values of the grid the error is interpolated linearly in the logarithm of the value. Several separate
@@ -35,7 +41,7 @@ def tolerated_range(values: Sequence[float], errors: Sequence[float], *, margin:
     return float((np.diff(x) * below).sum())
 
 
-def expected_best(validation: Sequence[float], reported: Sequence[float], trials: int) -> float:
+def expected_best(validation: Numbers, reported: Numbers, trials: int) -> float:
     """Expected reported error of the best of ``trials`` random values of the grid, best by validation error.
 
     The values are drawn with replacement, each with the same probability; among draws with equal validation errors
@@ -57,3 +63,40 @@ def expected_best(validation: Sequence[float], reported: Sequence[float], trials
     worse = 1 - np.cumsum(sizes) / len(v)  # share of the values with a larger validation error than the group
     wins = (worse + sizes / len(v)) ** trials - worse**trials
     return float((wins * np.bincount(group, weights=r) / sizes).sum())
+
+
+def measures(
+    runs: pd.DataFrame, *, value: str, by: Sequence[str], margin: float, default: float, trials: int = 10
+) -> pd.DataFrame:
+    """All measures of every grid in a table of runs.
+
+    Args:
+        runs: one row a run, with ``validation_error`` and ``test_error`` (no NaN) and the columns named below.
+        value: column of the hyper-parameter.
+        by: columns that tell the grids apart, such as data set, method and seed.
+        margin: see :func:`tolerated_range`.
+        default: the value that somebody takes who does not tune; must be in every grid.
+        trials: largest number of trials.
+
+    Returns:
+        One row a grid: the columns ``by``, ``range`` (decades), ``best`` (the value with the smallest validation error,
+        the first of several), and test errors: ``untuned`` at the default, ``tuned`` at the best value (the mean where
+        several are best), and ``1 trials`` to ``<trials> trials``, what so many random values lead one to expect.
+    """
+    import pandas as pd
+
+    rows = []
+    for group, grid in runs.sort_values(value).groupby(list(by), sort=False):
+        x, validation, test = (grid[c].to_numpy(dtype=float) for c in (value, "validation_error", "test_error"))
+        if default not in x:
+            raise ValueError(f"{value}={default:g}, the default, is not among the values of {group}")
+        winners = validation == validation.min()
+        found = {
+            "range": tolerated_range(x, validation, margin=margin),
+            "best": x[winners][0],
+            "untuned": test[x == default].mean(),
+            "tuned": test[winners].mean(),
+        }
+        expected = {f"{k} trials": expected_best(validation, test, k) for k in range(1, trials + 1)}
+        rows.append(dict(zip(by, group, strict=True)) | found | expected)
+    return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala_lib import bench
+from koala_lib import bench, runs
 from koala_lib.optim import KoalaM
 from koala_lib.traffic import Factory, Traffic, memory, now, step, traffic
 
@@ -243,3 +243,4 @@ def test_sections_are_kept_with_their_provenance(
     assert bench.stored("cuda:0") == {}
     assert "exponents of one: 1.000" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "bench.json").read_text())) == ["cpu"]
+    assert runs.Store(tmp_path / "runs").get("no such key") is None  # which looks through the committed results

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from koala_lib.sensitivity import expected_best, tolerated_range
+from koala_lib.sensitivity import expected_best, measures, tolerated_range
 
 errors = st.lists(st.integers(0, 4).map(float), min_size=2, max_size=5)  # few distinct ones, so that there are ties
 
@@ -66,3 +67,24 @@ def test_tolerated_range_by_hand() -> None:
 def test_impossible_arguments_are_refused(call: Callable[[], float]) -> None:
     with pytest.raises(ValueError, match=r"(tolerated_range|expected_best) needs"):
         call()
+
+
+def test_measures_of_two_grids_in_any_order() -> None:
+    table = pd.DataFrame(
+        [
+            ("sgd", 0, 10.0, 8.0, 9.0),
+            ("sgd", 0, 0.1, 90.0, 80.0),
+            ("sgd", 0, 1.0, 10.0, 11.0),
+            ("adam", 0, 1.0, 5.0, 6.0),
+            ("adam", 0, 10.0, 5.0, 8.0),
+        ],
+        columns=["method", "seed", "factor", "validation_error", "test_error"],
+    )
+    found = measures(table, value="factor", by=["method", "seed"], margin=2.0, default=1.0, trials=2)
+    found = found.set_index("method")
+    assert found.loc["sgd", ["range", "best", "untuned", "tuned"]].tolist() == [1.0, 10.0, 11.0, 9.0]
+    assert found.loc["adam", ["range", "best", "untuned", "tuned"]].tolist() == [1.0, 1.0, 6.0, 7.0]
+    assert found.loc["sgd", "1 trials"] == pytest.approx(100 / 3)
+    assert found.loc["sgd", "2 trials"] == pytest.approx((9 * 5 + 11 * 3 + 80) / 9)
+    with pytest.raises(ValueError, match="factor=3, the default, is not among the values of"):
+        measures(table, value="factor", by=["method", "seed"], margin=2.0, default=3.0)

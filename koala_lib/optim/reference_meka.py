@@ -115,11 +115,13 @@ class ReferenceMeka:
         smoothing: float = 0.999,
         max_step_size: float = 1.0,
         prior_variance: float = 1e4,
+        curvature_smoothing: float = 0.0,
         covariance: Literal["scalar", "full"] = "scalar",
     ) -> None:
         self.theta, self.sample_loss, self.lr = theta, sample_loss, lr
         self.rule, self.direction, self.beta = step_size, direction, smoothing
         self.alpha_max, self.covariance = max_step_size, covariance
+        self.beta_b = curvature_smoothing
         self.identity = torch.eye(len(theta), dtype=theta.dtype)
         self.m, self.P = torch.zeros_like(theta), prior_variance * self.identity
         self.u, self.s = 0.0, prior_variance
@@ -128,6 +130,7 @@ class ReferenceMeka:
         self.Sigmas: list[Tensor] = []
         self.rs: list[float] = []
         self.alphas: list[float] = []
+        self.curvatures: list[float] = []  # b_delta / |delta|^2
         self.Q = torch.zeros_like(self.P)
         self.lam = self.a = self.b_delta = self.alpha_star = self.alpha = 0.0
         self.skipped_steps = 0
@@ -196,7 +199,9 @@ class ReferenceMeka:
         Q = self._covariance_of(products) / len(batch)
         self.a, self.b_delta = -float(delta @ self.m), float(delta @ products.mean(0))
         p, q = float(delta @ self.P @ delta), float(delta @ Q @ delta)
-        best = float(getattr(Change(self.a, self.b_delta, self.s, p, q), self.rule)())
+        self.curvatures.append(self.b_delta / float(delta @ delta))
+        b = float(_average(self.curvatures, self.beta_b)) * float(delta @ delta)
+        best = float(getattr(Change(self.a, b, self.s, p, q), self.rule)())
         self.alpha_star = best if math.isfinite(best) else self.alpha_max
         self.alphas.append(self.alpha_star)
         return float(_average(self.alphas, self.beta))

@@ -233,7 +233,7 @@ def test_the_optimizer_sees_one_mean_loss_a_row(name: str) -> None:
     _, optimizer, returned = recorded_step(config)
     task = task_of(config)  # the same weights again
     window = next(task.batches(0))
-    expected = [float(task.network(window.tokens[i : i + 1], window.targets[i : i + 1])[0].mean()) for i in range(8)]
+    expected = [task.network(window.tokens[i : i + 1], window.targets[i : i + 1])[0].mean().item() for i in range(8)]
     torch.testing.assert_close(optimizer.losses.detach(), torch.tensor(expected))
     torch.testing.assert_close(returned, optimizer.losses.detach().mean().reshape(1))
     assert not returned.requires_grad
@@ -370,10 +370,11 @@ def test_words_have_no_bits_per_character(monkeypatch: pytest.MonkeyPatch) -> No
 @each_network
 @pytest.mark.parametrize("optimizer", ["koala_m", "sgd", "adam"])
 def test_every_optimizer_learns_to_use_the_context(name: str, optimizer: str) -> None:
-    rate = {"sgd": {"lr": 0.5, "momentum": 0.9}, "adam": {"lr": 1e-2}}.get(optimizer, {"formulas": "released"})
+    sgd = {"lr": {"lstm": 0.5, "transformer": 0.1}[name], "momentum": 0.9}
+    rate = {"sgd": sgd, "adam": {"lr": 1e-2}}.get(optimizer, {"formulas": "released"})
     args = {"embedding": 16, "hidden": 32} if name == "lstm" else {"width": 16}
-    config = TINY.but(model=name, model_args=args, optimizer=optimizer, optimizer_args=rate, train_size=20_000)
-    result = train.train(config.but(epochs=3))
+    config = TINY.but(model=name, model_args=args, optimizer=optimizer, optimizer_args=rate, train_size=12_000)
+    result = train.train(config.but(batch_size=4, milestones=()))
     assert result.status == "done"
     assert result.final["test_loss"] < result.final["unigram_loss"] - 0.1
     assert result.final["perplexity"] == pytest.approx(math.exp(result.final["test_loss"]), rel=1e-4)

@@ -187,6 +187,7 @@ def test_lemma_1(c: float, d: float, first: float) -> None:
         assert float(a[t + 1]) == pytest.approx((1 - c) * float(a[t]) + d / (t + 1), rel=1e-14)
     t = torch.arange(bound.start, 3001)
     assert bool((a[t] <= bound.at(t) * (1 + 1e-12)).all())
+    assert float(bound.at(t[7])) == pytest.approx(bound.constant / (bound.start + 7))
     assert c - (1 - c) / bound.start > 0
     assert bound.start == 1 or c - (1 - c) / (bound.start - 1) <= 0
     # (31), and one of the two reasons for M is not idle
@@ -215,6 +216,9 @@ def test_proposition_1_with_the_cross_term(seed: int, alpha: float) -> None:
     right = theory_meka.one_step_bound(excess, H, Sigma, alpha, with_cross_term=True)
     assert bool((excess[1:] <= right[:-1] * (1 + 1e-12)).all())
     bound = theory_meka.proposition_bound(H, Sigma, gradient, alpha)
+    mu, L = torch.linalg.eigvalsh(H)[[0, -1]].tolist()
+    constant = alpha * (1 - L * alpha / 2) * float(Sigma.trace())
+    assert bound == pytest.approx(theory_meka.lemma_bound(alpha * mu, constant, float(excess[0])))
     t = torch.arange(bound.start, 501)
     assert bool((excess[t] <= bound.at(t)).all())
 

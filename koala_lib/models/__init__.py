@@ -9,6 +9,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from koala_lib.models import meka
 from koala_lib.models.resnet import BasicBlock, Bottleneck, ResNet, WideBottleneck
 
 __all__ = ["INITIALISATIONS", "MODELS", "build"]
@@ -19,6 +20,8 @@ MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     "wide_resnet50_2": partial(ResNet, WideBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+    **meka.SIZED,
+    **meka.UNSIZED,
 }
 
 # Weights of convolutions and linear layers in KOALA's Table 5; torch's defaults of these functions.
@@ -39,12 +42,15 @@ def build(
     ----------
     name
         ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are KOALA's networks. ``"resnet8"`` (three
-        stages of one basic block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU.
+        stages of one basic block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU. ``"mlp_100"``,
+        ``"cnn_3c3d"`` and ``"resnet32_gn"`` are MEKA's (:mod:`koala_lib.models.meka`), without BatchNorm, and
+        ``"resnet8_gn"`` is the last with three blocks in place of fifteen.
     num_classes, in_channels
         Number of classes and of input channels.
     image_size
-        Height and width of the images in pixels. Only ``"resnet8"`` looks at it: above 16 pixels its stem has
-        stride 2, which makes a training step on 28x28 images four times cheaper.
+        Height and width of the images in pixels. ``"mlp_100"`` and ``"cnn_3c3d"`` are made for it. Of the others only
+        ``"resnet8"`` looks at it: above 16 pixels its stem has stride 2, which makes a training step on 28x28 images
+        four times cheaper.
     init
         ``"released"`` keeps what the network's class says; else a name of :data:`INITIALISATIONS`, drawn for the
         weights of all convolutions and linear layers. Biases and BatchNorm stay as they are.
@@ -73,8 +79,10 @@ def build(
             raise ValueError(f"{what} must be at least 1, got {value}")
     if init != "released" and init not in INITIALISATIONS:
         raise ValueError(f"unknown init {init!r}; known are released, {', '.join(INITIALISATIONS)}")
-    smaller = {"stem_stride": 2} if name == "resnet8" and image_size > 16 else {}
-    network = MODELS[name](num_classes=num_classes, in_channels=in_channels, **smaller)
+    options = {"stem_stride": 2} if name == "resnet8" and image_size > 16 else {}
+    if name in meka.SIZED:
+        options["image_size"] = image_size
+    network = MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)
     if init != "released":
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 from torch.optim import Optimizer
 
 from koala_lib import data
@@ -102,9 +102,9 @@ class Gan(Task):
         with autocast(self.config, self.device):
             scores = self.network.discriminator(real), self.network.discriminator(fake)
         true, false = (score.float() for score in scores)
-        if self.loss == "hinge":
-            return (1 - true).relu() + (1 + false).relu()
-        return softplus(-true) + softplus(false)
+        hinge = self.loss == "hinge"
+        losses: Tensor = (1 - true).relu() + (1 + false).relu() if hinge else softplus(-true) + softplus(false)
+        return losses
 
     def generator_losses(self, noise: Tensor) -> Tensor:
         """Losses of G, shape ``(B,)``; the weights of D are constants in it."""
@@ -115,7 +115,7 @@ class Gan(Task):
     def step(self, batch: tuple[Tensor, Tensor], optimizers: Mapping[str, Optimizer]) -> Tensor:
         real = batch[0]
         with torch.no_grad(), autocast(self.config, self.device):
-            fake = self.network(self._noise(len(real))).float()
+            fake = self.network(self._noise(len(real)))
         discriminator = closure_step(optimizers["discriminator"], lambda: self.discriminator_losses(real, fake))
         noise = self._noise(len(real))
         generator = closure_step(optimizers["generator"], lambda: self.generator_losses(noise))
@@ -147,10 +147,10 @@ class Gan(Task):
         """``"samples"``: 2 rows of 8 images, from the same noise in every run."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(16, self.network.latent, generator=generator).to(self.device)
-        images = self.network.eval()(noise).cpu()
-        count, channels, height, width = images.shape
-        grid = images.view(2, count // 2, channels, height, width).permute(0, 3, 1, 4, 2)  # row, y, column, x, colour
-        pixels = ((grid.reshape(2 * height, -1, channels) + 1) * 127.5).round().byte().squeeze(2).numpy()
+        images = pad(self.network.eval()(noise).cpu(), (0, 1, 0, 1), value=1.0)  # a white line between them
+        _, channels, height, width = images.shape
+        grid = images.view(2, 8, channels, height, width).permute(0, 3, 1, 4, 2)  # row, y, column, x, colour
+        pixels = ((grid.reshape(2 * height, 8 * width, channels) + 1) * 127.5).round().byte().squeeze(2).numpy()
         file = io.BytesIO()
         # A palette takes a third of the bytes, and the results are committed.
         Image.fromarray(pixels).quantize(16 if channels == 1 else 64).save(file, "PNG", optimize=True)

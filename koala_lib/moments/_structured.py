@@ -1,0 +1,131 @@
+"""One forward and backward pass whose layers tell their moments: ``method="structured"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from koala_lib.moments._layers import LAYERS, Layer
+from koala_lib.moments._products import Moments, Spread, check_losses, dual, pair, square_sum
+
+_OF_SAMPLES = "_koala_of_samples"  # set on tensors that are computed from the inputs
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every torch function of the forward pass: which of them are known layers, and where parameters go."""
+
+    def __init__(self, names: Mapping[int, str], samples: int) -> None:
+        super().__init__()
+        self.names, self.samples = names, samples
+        self.moments: dict[str, Moments] = {}
+        self.seen: set[str] = set()
+        self.unknown: set[str] = set()  # parameters that no single known layer accounts for
+        self.sources: list[GradientEdge] = []  # outputs of the layers that no gradient passes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((*args, kwargs)))
+        of_samples = any(hasattr(t, _OF_SAMPLES) for t in tensors)
+        layer = LAYERS[func](*args, **kwargs) if func in LAYERS else None
+        out = func(*args, **kwargs) if layer is None else layer.run(func, args, kwargs)
+        results = list(_tensors((out,)))
+        if not results:  # a size, a dtype
+            return out
+        if of_samples:
+            for result in results:
+                setattr(result, _OF_SAMPLES, True)
+        used = {self.names[id(t)] for t in tensors if id(t) in self.names}
+        if used and layer is not None and hasattr(layer.input, _OF_SAMPLES) and layer.fits(self.samples):
+            self._follow(layer, results[0])
+            self.unknown |= used & self.seen
+        else:
+            self.unknown |= used
+        self.seen |= used
+        return out
+
+    def _follow(self, layer: Layer, out: Tensor) -> None:
+        """Take the moments when the backward pass comes by; the output may be changed in place before that."""
+        version = layer.input._version
+
+        def collect(grad: Tensor) -> None:
+            if layer.input._version != version:
+                raise RuntimeError("a layer's input was modified in place after the layer had used it")
+            for parameter, moments in ((layer.weight, layer.weight_moments), (layer.bias, layer.bias_moments)):
+                name = self.names.get(id(parameter))
+                if name is not None and name not in self.unknown:
+                    self.moments[name] = moments(grad)
+
+        if not layer.input.requires_grad:
+            self.sources.append(get_gradient_edge(out))
+        out.register_hook(collect)  # type: ignore[no-untyped-call]
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+        elif isinstance(value, dict):
+            yield from _tensors(value.values())
+
+
+def run(
+    model: nn.Module,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    direction: Mapping[str, Tensor] | None,
+) -> tuple[Spread, set[str]]:
+    """Mean and scatter, and the names of the parameters that are not in them."""
+    plain = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    with nullcontext() if direction is None else forward_ad.dual_level():
+        parameters = dict(plain)
+        if direction is not None:
+            parameters = {name: dual(p, direction[name]) for name, p in plain.items()}
+        recorder = _Recorder({id(p): name for name, p in parameters.items()}, len(inputs))
+        inputs = inputs.detach()
+        setattr(inputs, _OF_SAMPLES, True)
+        try:
+            with recorder:
+                outputs = functional_call(model, parameters, (inputs,))
+            losses = check_losses(loss_fn(outputs, targets), len(inputs))
+            # The gradient has to pass every layer that was recorded, and no further.
+            ends: list[Any] = [*recorder.sources, *(parameters[name] for name in recorder.unknown)]
+            if ends and losses.requires_grad:
+                torch.autograd.grad(losses.sum(), ends, allow_unused=True)
+        finally:
+            recorder.sources.clear()  # they hold the graph, which holds the hooks, which hold the recorder
+        losses = pair(losses)[0].detach()
+    known = {name: p for name, p in plain.items() if name not in recorder.unknown}
+    moments = recorder.moments
+    gradient, hvp = (
+        _mean(known, {name: (m.sums[i], m.squares[i]) for name, m in moments.items()}, len(losses)) for i in (0, 1)
+    )
+    return Spread(losses, *gradient, *hvp), recorder.unknown
+
+
+def _mean(
+    parameters: Mapping[str, Tensor], sums: Mapping[str, tuple[Tensor | None, Tensor | None]], samples: int
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Means in the memory layout of the parameters, and sum_i |G_i - G|^2 = sum_i |G_i|^2 - B |G|^2 of all."""
+    means: dict[str, Tensor] = {}
+    scatter: Tensor | float = 0.0
+    for name, p in parameters.items():
+        total, squares = sums.get(name, (None, None))
+        means[name] = torch.zeros_like(p, requires_grad=False)
+        if total is not None and squares is not None:
+            torch.div(total, samples, out=means[name])
+            scatter = scatter + (squares - samples * square_sum(means[name])).clamp_min(0.0)
+    return means, scatter

@@ -1,0 +1,392 @@
+"""MEKA: the full gradient as a hidden state that curvature carries from step to step (Chen et al., PMLR v137, 2021,
+arXiv 2011.04803).
+
+The minibatch gradient is a noisy observation of the full gradient; between two steps the full gradient changes by the
+Hessian times the displacement, which the minibatch gives too. How noisy both are is measured from the per-sample
+gradients and Hessian-vector products of the very minibatch (:mod:`koala_lib.moments`). The recursions are in
+:mod:`koala_lib.kalman`, the step sizes in :mod:`koala_lib.step_size`; ``reference_meka.py`` holds the same optimizer
+with full matrices and slow loops in the paper's symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from koala_lib import kalman
+from koala_lib.moments import METHODS, sample_moments
+from koala_lib.optim._base import check_choice, check_lr, check_number, scalar_dtype
+from koala_lib.step_size import RULES, PredictedChange
+
+__all__ = ["Meka"]
+
+Entries = dict[str, Tensor]  # the filter's scalars by name
+ADAM_EPS = 1e-8  # epsilon of eq. (9)
+
+
+class _Observed(NamedTuple):
+    """What a minibatch says, of its samples; scalars in float64, tensors in the order of the parameters."""
+
+    mean_loss: Tensor  # y as it came
+    loss: Tensor  # y
+    loss_variance: Tensor
+    gradient_variance: Tensor
+    product_variance: Tensor
+    gradients: list[Tensor]  # g
+    products: list[Tensor]  # Hessian times direction
+
+
+def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """x^T y of two vectors that lie in lists of tensors; 0-dim, added up in float64."""
+    products = torch._foreach_mul(xs, ys)
+    return torch.stack([t.sum(dtype=scalar_dtype(t.device)) for t in products]).sum()
+
+
+def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]:
+    """delta = -m, or -m / (sqrt(m^2 + p) + eps): a N(m, p) variable has the second moment m^2 + p (eq. 9)."""
+    if kind == "gradient":
+        return list(torch._foreach_neg(means))
+    return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
+
+
+class Meka(torch.optim.Optimizer):
+    r"""MEKA (``direction="gradient"``) and AdaMEKA (``"adam"``), with fixed or self-chosen step sizes.
+
+    With the minibatch means y of the loss, g of the gradient and b = B d of the Hessian times the last displacement,
+    their variances r, :math:`\sigma`, q, and :math:`\hat p = p + q`:
+
+    .. math::
+        k = \hat p / (\hat p + \sigma), \qquad m \leftarrow (1 - k)(m + b) + k g, \qquad p \leftarrow (1 - k) \hat p
+
+    (eqs. 6-8 with scalar covariances), the loss filtered likewise (App. B), and :math:`\theta \leftarrow \theta +
+    \mathrm{lr}\,\alpha\,\delta` along :math:`\delta = -m`, or :math:`-m / (\sqrt{m^2 + p} + 10^{-8})` (eq. 9).
+    :math:`\alpha` is chosen from slope, curvature and their variances along :math:`\delta`
+    (:mod:`koala_lib.step_size`). One filter serves all weights.
+
+    Args:
+        model: all its parameters that require a gradient are optimised. No batch normalisation: samples must not
+            see each other.
+        loss_fn: ``loss_fn(model(inputs), targets)`` -> losses of the B samples, shape (B,).
+        lr: factor of the step size (c of Figure 6), or the step size itself for ``"constant"``. Schedulers act on it.
+        step_size: ``"pi"`` (eq. 12), ``"quadratic"``, ``"ei"`` or ``"constant"``.
+        direction: ``"gradient"`` or ``"adam"``.
+        smoothing: coefficient of the averages of sigma, r and alpha (0.999 in the paper); 0 switches them off. They
+            are corrected for their start, as Adam's are.
+        max_step_size: alpha where a rule has no finite optimum (``"quadratic"`` with b <= 0, say). Others are not
+            capped.
+        moments: how per-sample moments are computed: ``"auto"``, ``"vmap"`` or ``"structured"``.
+        prior_variance: p and s before the first step, where m = u = 0.
+        curvature_smoothing: coefficient of an average of b / |delta|^2, with which a rule then computes alpha* instead
+            of the minibatch's own. Appendix B.2 says that in practice the curvature was averaged, and not how; 0 is
+            the algorithm of section 3 and appendix A.
+
+    Raises:
+        ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    sigma, q and r are variances of minibatch *means*: the unbiased variances of the samples, averaged over the weights,
+    divided by B. A rule needs the curvature and its variance along the new direction, so it costs a second
+    Hessian-vector product a step. Where the paper's formulas are misprinted this is what they must mean: the process
+    noise of eq. 6 is that of the b added, and m stands squared in the denominator of eq. 9.
+
+    A step whose loss, gradient or products are not finite is a missing observation: weights, filter and displacement
+    stay, so that the next minibatch carries the gradient over; ``skipped_steps`` counts. Every group of
+    parameters has its ``lr``; ``step_size`` and the other options belong to all and may be changed between steps (all
+    groups alike). State per parameter: the filtered gradient and the last displacement.
+
+    Example, the losses (x - t)^2 / 2 of the two samples t = 0, 2 at x = 5: y = 8.5, g = 4, and m = g but for the prior.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> _ = torch.nn.init.constant_(model.weight, 5.0)
+    >>> optimizer = Meka(model, lambda outputs, targets: (outputs - targets).square().sum(1) / 2, step_size="quadratic")
+    >>> optimizer.step(torch.ones(2, 1), torch.tensor([[0.0], [2.0]]))
+    tensor(8.5000)
+    >>> model.weight.data  # the curvature is 1, so the step goes to the mean of the targets
+    tensor([[1.0004]])
+    >>> round(optimizer.filter_state()["measurement_noise"], 4)  # variance 2 of the gradients, divided by B = 2
+    1.0
+    """
+
+    filter_entries = (
+        "variance",  # p
+        "process_noise",  # q
+        "measurement_noise",  # sigma, averaged
+        "gain",  # k
+        "value",  # u
+        "value_variance",  # s
+        "value_noise",  # r, averaged
+        "model_error",  # lambda
+        "slope",  # a
+        "curvature",  # b
+        "step_size_optimum",  # alpha*
+        "step_size",  # lr alpha
+        # not reported: averages and the sums of their weights
+        "alpha",  # of alpha*
+        "curvature_average",  # of b / |delta|^2
+        "measurement_noise_weight",
+        "value_noise_weight",
+        "alpha_weight",
+        "curvature_average_weight",
+        "skipped_steps",
+    )
+    _hidden = filter_entries[filter_entries.index("alpha") :]
+    _of_rules = ("slope", "curvature", "step_size_optimum")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        lr: float | Tensor = 1.0,
+        *,
+        step_size: str = "pi",
+        direction: str = "gradient",
+        smoothing: float = 0.999,
+        max_step_size: float = 1.0,
+        moments: str = "auto",
+        prior_variance: float = 1e4,
+        curvature_smoothing: float = 0.0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, got a {type(model).__name__}: Meka runs the forward pass"
+            )
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got a {type(loss_fn).__name__}")
+        check_choice("step_size", step_size, ("constant", *RULES))
+        check_choice("direction", direction, ("gradient", "adam"))
+        check_number("smoothing", smoothing, high=1.0)
+        check_number("max_step_size", max_step_size, open_low=True)
+        check_choice("moments", moments, METHODS)
+        check_number("prior_variance", prior_variance, open_low=True)
+        check_number("curvature_smoothing", curvature_smoothing, high=1.0)
+        options = {
+            "lr": lr,
+            "step_size": step_size,
+            "direction": direction,
+            "smoothing": smoothing,
+            "max_step_size": max_step_size,
+            "moments": moments,
+            "prior_variance": prior_variance,
+            "curvature_smoothing": curvature_smoothing,
+        }
+        self.model, self.loss_fn = model, loss_fn
+        super().__init__((p for p in model.parameters() if p.requires_grad), options)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        """One step on a minibatch of B >= 2 samples, which are the leading dimension of both arguments.
+
+        Returns:
+            The mean loss before the step as a 0-dim tensor, still on the device.
+
+        Raises:
+            ValueError: if there are fewer than two samples, or ``loss_fn`` does not return one loss for each.
+        """
+        named = self._named_parameters()
+        means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
+        observed = self._moments(inputs, targets, named, moves)
+        entries = self._entries()
+        missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
+
+        samples, decay = len(targets), self.param_groups[0]["smoothing"]
+        # variances of minibatch means (reading M-1)
+        q = entries["process_noise"] = observed.product_variance / samples
+        sigma = self._average(entries, "measurement_noise", observed.gradient_variance / samples, decay)
+        r = self._average(entries, "value_noise", observed.loss_variance / samples, decay)
+        m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
+        p = entries["variance"]
+        predicted = kalman.predict_value(entries["value"], entries["value_variance"], m_d, d_b, p * d_d, q * d_d)
+        u, s, error = kalman.condition_value(*predicted, observed.loss, r)
+        entries |= {"value": u, "value_variance": s, "model_error": error}
+
+        p = kalman.predict_position(p, q)
+        k = kalman.gain(p, sigma)
+        entries |= {"gain": k, "variance": kalman.condition_variance(p, sigma)}
+        transported = torch._foreach_add(means, observed.products)
+        means = [m.lerp(g, k.to(m.dtype)) for m, g in zip(transported, observed.gradients, strict=True)]
+
+        direction = _direction(means, entries["variance"], self.param_groups[0]["direction"])
+        alpha = self._choose_step(entries, inputs, targets, named, means, direction)
+        entries["step_size"] = alpha * self.param_groups[0]["lr"]
+
+        norm = _dot(observed.gradients, observed.gradients)
+        usable = torch.stack([*entries.values(), norm]).isfinite().all()
+        self._move(usable, named, means, direction, alpha)
+        new, old = (torch.stack([e[name] for name in self.filter_entries]) for e in (entries, missing))
+        self._filter().copy_(torch.where(usable, new, old))
+        return observed.mean_loss
+
+    @staticmethod
+    def _average(entries: Entries, name: str, value: Tensor, decay: float) -> Tensor:
+        weight = decay * entries[name + "_weight"] + (1 - decay)
+        average = kalman.corrected_average(entries[name], value, weight, decay)
+        entries |= {name: average, name + "_weight": weight}
+        return average
+
+    def _choose_step(
+        self,
+        entries: Entries,
+        inputs: Tensor,
+        targets: Tensor,
+        named: dict[str, Tensor],
+        means: list[Tensor],
+        direction: list[Tensor],
+    ) -> Tensor:
+        """alpha; what a rule found out is written into ``entries``."""
+        options = self.param_groups[0]
+        if options["step_size"] == "constant":
+            return torch.ones_like(entries["alpha"])
+        ahead = self._moments(inputs, targets, named, direction)  # along the new direction (reading M-3)
+        squared, curvature = _dot(direction, direction), _dot(direction, ahead.products)
+        change = PredictedChange(
+            slope=-_dot(direction, means),
+            curvature=curvature,
+            value_variance=entries["value_variance"],
+            slope_variance=entries["variance"] * squared,
+            curvature_variance=ahead.product_variance / len(targets) * squared,
+        )
+        if options["curvature_smoothing"]:
+            relative = torch.where(squared > 0, curvature / squared, entries["curvature_average"])
+            self._average(entries, "curvature_average", relative, options["curvature_smoothing"])
+            change = change._replace(curvature=entries["curvature_average"] * squared)
+        optimum = RULES[options["step_size"]](change, options["max_step_size"])
+        entries |= {"slope": change.slope, "curvature": curvature, "step_size_optimum": optimum}
+        alpha = self._average(entries, "alpha", optimum, options["smoothing"])
+        # a product that is not finite may leave a finite optimum behind, the cap
+        return torch.where(change.curvature_variance.isfinite(), alpha, torch.nan)
+
+    def _move(
+        self, usable: Tensor, named: dict[str, Tensor], means: list[Tensor], direction: list[Tensor], alpha: Tensor
+    ) -> None:
+        """Store the filtered gradients and displace the weights, where there was an observation."""
+        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        for p, mean, delta in zip(named.values(), means, direction, strict=True):
+            state, move = self.state[p], delta * (alpha * lr[p])
+            state["mean"].copy_(torch.where(usable, mean, state["mean"]))
+            state["displacement"].copy_(torch.where(usable, move, state["displacement"]))
+            p.add_(torch.where(usable, move, 0.0))
+
+    def _moments(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], direction: list[Tensor]) -> _Observed:
+        along = dict(zip(named, direction, strict=True))
+        with torch.enable_grad():
+            moments = sample_moments(
+                self.model, self.loss_fn, inputs, targets, along, method=self.param_groups[0]["moments"]
+            )
+        assert moments.hvp is not None  # there was a direction
+        assert moments.hvp_variance is not None
+        variances = (moments.loss_variance, moments.gradient_variance, moments.hvp_variance)
+        # differences of sums, which rounding may leave below zero
+        r, sigma, q = (variance.detach().to(self._filter()).clamp(min=0) for variance in variances)
+        gradients, products = ([moment[name] for name in named] for moment in (moments.gradient, moments.hvp))
+        loss = moments.loss.detach()
+        return _Observed(loss, loss.to(self._filter()), r, sigma, q, gradients, products)
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        """The parameters to move, by their names in the model; creates the state that does not exist yet."""
+        ours = {p for group in self.param_groups for p in group["params"]}
+        named: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and p in ours:
+                named[name] = p
+                if "mean" not in self.state[p]:
+                    for key in ("mean", "displacement"):
+                        self.state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return named
+
+    # -- the filter's scalars, groups and state ------------------------------------------------------------------------
+
+    def filter_state(self) -> dict[str, float]:
+        """The filter's scalars by name, as numbers: p, q, sigma, k, u, s, r, lambda and lr alpha, and where a rule
+        chooses the step a, b and alpha* (``slope``, ``curvature``, ``step_size_optimum``).
+
+        ``step_size`` is with the ``lr`` of the first group. Reading waits for the device.
+        """
+        constant = self.param_groups[0]["step_size"] == "constant"
+        hidden = self._hidden + (self._of_rules if constant else ())
+        values = zip(self.filter_entries, self._filter().tolist(), strict=True)
+        return {name: value for name, value in values if name not in hidden}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps had no usable observation. Waits for the device."""
+        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
+
+    def _entries(self) -> Entries:
+        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model to the one filter, e.g. after unfreezing them. The option of a group is ``lr``.
+
+        Raises:
+            ValueError: for parameters that are not the model's, an option that differs from that of the other groups,
+                or a value out of range.
+            TypeError: for parameters that are not real floating-point tensors.
+        """
+        if self.param_groups:  # their options, which may have been changed since the constructor
+            first = self.param_groups[0]
+            param_group = {name: first[name] for name in self.defaults if name != "lr"} | param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        first = self.param_groups[0]
+        if "filter" not in first:
+            initial = {"variance": group["prior_variance"], "value_variance": group["prior_variance"]}
+            device = group["params"][0].device
+            values = [initial.get(name, 0.0) for name in self.filter_entries]
+            first["filter"] = torch.tensor(values, dtype=scalar_dtype(device), device=device)
+        group["filter"] = first["filter"]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        if isinstance(group["lr"], Real):  # a numpy number would keep torch.load(weights_only=True) from reading it
+            group["lr"] = float(group["lr"])
+        first = self.param_groups[0]
+        for name in self.defaults:
+            if name != "lr" and group[name] != first[name]:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a param group: Meka keeps one filter for all groups, so {name} is set "
+                    f"once in the constructor (here {first[name]!r}); per group is lr"
+                )
+        models = set(self.model.parameters())
+        for p in group["params"]:
+            if p not in models:
+                raise ValueError(
+                    f"the model has no such parameter (shape {tuple(p.shape)}): Meka runs the forward pass itself and "
+                    "moves parameters of its model only"
+                )
+            if not p.is_floating_point():
+                raise TypeError(f"Meka needs real floating-point parameters, got {p.dtype} of shape {tuple(p.shape)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"model": self.model, "loss_fn": self.loss_fn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
+        groups = state.get("param_groups", [])
+        saved = groups[0].get("filter") if groups else None
+        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+            raise ValueError("this state_dict holds no filter of Meka: it was saved by another optimizer")
+        super().__setstate__(state)
+        self._share_filter(saved)
+
+    def _share_filter(self, values: Tensor) -> None:
+        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
+        values = values.to(device=device, dtype=scalar_dtype(device))
+        for group in self.param_groups:
+            group["filter"] = values
+
+    def _filter(self) -> Tensor:
+        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
+        if self.param_groups[0]["filter"].device != self.param_groups[0]["params"][0].device:
+            self._share_filter(self.param_groups[0]["filter"])
+        values: Tensor = self.param_groups[0]["filter"]
+        return values

@@ -53,22 +53,28 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         return []
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
     if tensors[0].device.type == "cpu" and not hasattr(tensors[0], "full_tensor"):
-        return [_squared_norm_cpu(t, dtype) for t in tensors]
+        return _squared_norms_cpu(tensors, dtype)
     norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
     whole = (n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms)  # a DTensor's, over its mesh
     return [n.to(scalar_dtype(n.device)).square() for n in whole]
 
 
-def _squared_norm_cpu(t: Tensor, dtype: torch.dtype, row: int = 1024) -> Tensor:
+def _squared_norms_cpu(tensors: Sequence[Tensor], dtype: torch.dtype, row: int = 1024) -> list[Tensor]:
     # torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows,
     # added in float64, cost the same and are good to 1e-6.
-    if t.numel() <= row or not t.is_contiguous():
-        norm: Tensor = torch.linalg.vector_norm(t, dtype=torch.float64)
-        return norm.square()
-    flat = t.detach().view(-1)
-    whole = flat.numel() // row * row
-    rows: Tensor = torch.linalg.vector_norm(flat[:whole].view(-1, row), dim=1, dtype=dtype)
-    return rows.double().square().sum() + _squared_norm_cpu(flat[whole:], dtype)
+    flat = [t.detach().view(-1) if t.numel() > row and t.is_contiguous() else None for t in tensors]
+    wholes = [None if f is None else f[: f.numel() // row * row] for f in flat]
+    short = [t if f is None else f[f.numel() // row * row :] for t, f in zip(tensors, flat, strict=True)]
+    squared = torch.stack(torch._foreach_norm(short, 2, dtype=torch.float64)).square().unbind()
+    return [
+        rest if whole is None else _squared_rows(whole.view(-1, row), dtype) + rest
+        for rest, whole in zip(squared, wholes, strict=True)
+    ]
+
+
+def _squared_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return norms.double().square().sum()
 
 
 class LossFilter(torch.optim.Optimizer):
@@ -283,14 +289,36 @@ class LossFilter(torch.optim.Optimizer):
         for group in self.param_groups:
             group["predicted"] = value
 
-    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Lists of parameters to treat at once: one device, dtype and class; a single tensor without ``foreach``."""
+    def _buckets(self, params: list[Tensor], small: int = 2**16, much: int = 2**18) -> Iterator[list[Tensor]]:
+        """Lists of parameters to treat at once, of one device, dtype and class.
+
+        A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
+        elements together, which saves calls, and large ones alone, which saves memory.
+        """
         options = self.param_groups[0]
-        on_gpu = bool(params) and params[0].device.type == "cuda"
-        if not (options["fused"] or (on_gpu if options["foreach"] is None else options["foreach"])):
+        if options["foreach"] is False and not options["fused"]:
             yield from ([p] for p in params)
-            return
-        kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
-        for p in params:
-            kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
-        yield from kinds.values()
+        elif options["fused"] or options["foreach"] or (params and params[0].device.type == "cuda"):
+            kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
+            for p in params:
+                kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
+            yield from kinds.values()
+        else:
+            yield from _runs(params, small, much)
+
+
+def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]:
+    """Successive small tensors of one kind, in their order."""
+    run: list[Tensor] = []
+    room, kind = 0, None
+    for p in params:
+        size, this = p.numel(), (p.device, p.dtype, type(p))
+        if run and (size > room or this != kind):
+            yield run
+            run = []
+        if not run:
+            room, kind = much if size <= small else size, this
+        run.append(p)
+        room -= size
+    if run:
+        yield run

@@ -1,5 +1,17 @@
 """Kalman-style optimizers for PyTorch, reproduced from their papers."""
 
-from koala_lib.optim import KoalaM, KoalaV
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["KoalaM", "KoalaV"]
+if TYPE_CHECKING:
+    from koala_lib.optim import KoalaM, KoalaV, Meka
+
+__all__ = ["KoalaM", "KoalaV", "Meka"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the optimizers when they are asked for: the command `koala` mostly does without torch."""
+    if name in __all__:
+        from koala_lib import optim
+
+        return getattr(optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -179,10 +179,12 @@ def test_traffic_of_the_fused_optimizers_is_that_of_their_formulas(name: str, re
 
 
 def test_the_phases_of_koala_are_all_of_its_step() -> None:
-    params = bench.synthetic(400_000)
+    params = bench.synthetic(2_000_000)
     operations = traffic(bench.CONTENDERS["KOALA-M"], params).operations
     assert {r["phase"] for r in operations} == {"predict", "update"}
-    velocity = [r["phase"] for r in operations if r["operation"] == "_foreach_mul_"]  # p times kappa, tensor by tensor
+    velocity = [
+        r["phase"] for r in operations if r["operation"] == "_foreach_mul_"
+    ]  # p times kappa, large tensors one by one
     assert velocity == ["predict"] * len(params)
     corrected = [r["phase"] for r in operations if r["operation"] == "addcmul_"]  # x and p along the gradient
     assert corrected == ["update"] * 2 * len(params)

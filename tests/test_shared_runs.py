@@ -16,8 +16,14 @@ SHARING = [NUMBERS[n] for n in ("20", "21", "22", "23", "24", "25", "26")]
 
 KOALA_M = {"weight_decay": 5e-4, "formulas": "released", "momentum": 0.9}
 SMALL: dict[str, dict[str, Any]] = {
-    "quick": {"dataset": "digits"},
-    "desktop": {"dataset": "fashion-mnist", "train_size": 4000, "augment": True},
+    "quick": {"dataset": "digits", "epochs": 5, "milestones": (2, 3, 4)},
+    "desktop": {
+        "dataset": "fashion-mnist",
+        "train_size": 4000,
+        "augment": True,
+        "epochs": 10,
+        "milestones": (3, 6, 9),
+    },
 }
 
 
@@ -29,9 +35,7 @@ def grid(name: str, preset: str) -> list[RunConfig]:
 def test_every_table_has_the_default_koala_m_run_and_it_is_the_same_run(preset: str) -> None:
     default = RunConfig(
         model="resnet8",
-        epochs=10,
         batch_size=64,
-        milestones=(3, 6, 9),
         gamma=0.2,
         optimizer="koala_m",
         optimizer_args=KOALA_M,

@@ -1,3 +1,4 @@
 from koala_lib.optim.koala import KoalaM, KoalaV
+from koala_lib.optim.meka import Meka
 
-__all__ = ["KoalaM", "KoalaV"]
+__all__ = ["KoalaM", "KoalaV", "Meka"]

@@ -319,7 +319,8 @@ class KoalaV(_Koala):
         min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
         formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
         process_group: where given, losses and norms are reduced over it, so that all replicas keep one filter.
-        foreach: lists of tensors at once (more memory, fewer launches); ``None``: on CUDA only.
+        foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
+            the CPU.
         fused: ``True`` compiles the update; ``None`` never does.
 
     Raises:

@@ -243,9 +243,10 @@ def trajectories(
         steps: T.
         step_size: a fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
         gradient: what is followed: ``"full"`` is grad f (gradient descent), ``"sample"`` the minibatch gradient (SGD),
-            ``"momentum"`` its average 0.9 m + 0.1 g, so that alpha means the same, ``"filtered"`` the m_t of MEKA by
-            eq. (15), from m_0 = g_0, P_0 = Sigma, with all covariances known and full, ``"measured"`` that of the
-            optimizer :class:`koala_lib.Meka`, with scalar covariances from the minibatch, whose B must be >= 2.
+            ``"momentum"`` its average 0.9 m + 0.1 g (momentum SGD with the rate alpha / 10, so that alpha means the
+            same), ``"filtered"`` the m_t of MEKA by eq. (15), from m_0 = g_0, P_0 = Sigma, with all covariances known
+            and full, ``"measured"`` that of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the
+            minibatch, whose B must be >= 2.
         batch_size: B.
         runs: number of independent runs.
         seed: of all samples; the same for every kind of gradient.
@@ -289,7 +290,7 @@ def trajectories(
             m = torch.lerp(m + d @ H, g, kalman.gain(p, sigma)[:, None])
             p = kalman.condition_variance(p, sigma)
         elif t == 0 or gradient in ("sample", "momentum"):
-            m = g if t == 0 or gradient == "sample" else torch.lerp(g, m, 0.9)
+            m = torch.lerp(g, m, 0.9) if gradient == "momentum" else g
             P, u, s = Sigma, y, r
         else:
             predicted = kalman.predict_value(u, s, (m * d).sum(1), (d @ H * d).sum(1), (d @ P * d).sum(1), zero)

@@ -205,50 +205,108 @@ def descend(
     batch_size: int = 1,
     runs: int = 1,
     seed: int = 0,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """Runs on the noisy quadratic with all covariances known and full, side by side.
+    """Runs on the noisy quadratic, side by side: f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
+
+    Arguments and errors are those of :func:`trajectories`, which gives the weights.
+    """
+    return problem.excess(
+        trajectories(
+            problem,
+            steps,
+            step_size,
+            gradient=gradient,
+            batch_size=batch_size,
+            runs=runs,
+            seed=seed,
+            smoothing=smoothing,
+        )
+    )
+
+
+def trajectories(
+    problem: NoisyQuadratic,
+    steps: int,
+    step_size: float | str,
+    *,
+    gradient: str,
+    batch_size: int = 1,
+    runs: int = 1,
+    seed: int = 0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Runs on the noisy quadratic, side by side.
 
     Args:
         problem: the problem.
         steps: T.
         step_size: a fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
         gradient: what is followed: ``"full"`` is grad f (gradient descent), ``"sample"`` the minibatch gradient (SGD),
-            ``"filtered"`` the m_t of MEKA by eq. (15), from m_0 = g_0, P_0 = Sigma.
+            ``"momentum"`` its average 0.9 m + 0.1 g (momentum SGD with the rate alpha / 10, so that alpha means the
+            same), ``"filtered"`` the m_t of MEKA by eq. (15), from m_0 = g_0, P_0 = Sigma, with all covariances known
+            and full, ``"measured"`` that of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the
+            minibatch, whose B must be >= 2.
         batch_size: B.
         runs: number of independent runs.
         seed: of all samples; the same for every kind of gradient.
+        smoothing: coefficient of the corrected average of the chosen alpha, and of the measured variances.
 
     Returns:
-        f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
+        theta_t for t = 0, ..., T, shape (T + 1, runs, n).
 
     Raises:
-        ValueError: for another ``gradient`` or ``step_size``.
+        ValueError: for another ``gradient`` or ``step_size``, or variances to be measured in one sample.
     """
-    if gradient not in ("full", "sample", "filtered"):
-        raise ValueError(f"gradient must be 'full', 'sample' or 'filtered', got {gradient!r}")
+    if gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be {', '.join(map(repr, GRADIENTS[:-1]))} or 'measured', got {gradient!r}")
     if isinstance(step_size, str) and step_size not in RULES:
         raise ValueError(f"step_size must be a number or one of {', '.join(map(repr, RULES))}, got {step_size!r}")
+    if gradient == "measured" and batch_size < 2:
+        raise ValueError(f"measured variances need batch_size >= 2, got {batch_size}")
     H, Sigma = problem.hessian, problem.gradient_noise(batch_size)
     generator = torch.Generator().manual_seed(seed)
     theta = problem.start.expand(runs, -1)
     d, P, zero = torch.zeros_like(theta), torch.zeros_like(H), theta.new_zeros(runs)
-    excess = [problem.excess(theta)]
+    sigma, alpha, p = zero, zero, zero + 1e4
+    m, u, s, r = torch.zeros_like(theta), zero, p, zero
+    path = [theta]
     for t in range(steps):
         shift = theta[:, None] - problem.draw(runs, batch_size, generator=generator)
-        y, g, r = problem.excess(shift).mean(1), problem.gradient(shift).mean(1), problem.loss_noise(theta, batch_size)
+        losses, gradients = problem.excess(shift), problem.gradient(shift)
+        y, g, share = losses.mean(1), gradients.mean(1), theta.new_tensor(1 - smoothing ** (t + 1))
+        if gradient == "measured":
+            measured = gradients.var(1).mean(1) / batch_size, losses.var(1) / batch_size
+            sigma = kalman.corrected_average(sigma, measured[0], share, smoothing)
+            r = kalman.corrected_average(r, measured[1], share, smoothing)
+        else:
+            r = problem.loss_noise(theta, batch_size)
         if gradient == "full":
             m, s = problem.gradient(theta), zero
-        elif t == 0 or gradient == "sample":
-            m, P, u, s = g, Sigma, y, r
+        elif gradient == "measured":
+            change_of_slope = (d @ H * d).sum(1)
+            predicted = kalman.predict_value(u, s, (m * d).sum(1), change_of_slope, p * (d * d).sum(1), zero)
+            u, s, _ = kalman.condition_value(*predicted, y, r)
+            m = torch.lerp(m + d @ H, g, kalman.gain(p, sigma)[:, None])
+            p = kalman.condition_variance(p, sigma)
+        elif t == 0 or gradient in ("sample", "momentum"):
+            m = torch.lerp(g, m, 0.9) if gradient == "momentum" else g
+            P, u, s = Sigma, y, r
         else:
             predicted = kalman.predict_value(u, s, (m * d).sum(1), (d @ H * d).sum(1), (d @ P * d).sum(1), zero)
             u, s, _ = kalman.condition_value(*predicted, y, r)
             m, P, _ = kalman.condition_gradient(m + d @ H, P, g, Sigma)
         if isinstance(step_size, str):
-            change = PredictedChange((m * m).sum(1), (m @ H * m).sum(1), s, (m @ P * m).sum(1), zero)
-            d = -RULES[step_size](change, 1.0)[:, None] * m
+            slope_variance = p * (m * m).sum(1) if gradient == "measured" else (m @ P * m).sum(1)
+            change = PredictedChange((m * m).sum(1), (m @ H * m).sum(1), s, slope_variance, zero)
+            optimum = RULES[step_size](change, 1.0)
+            alpha = kalman.corrected_average(alpha, optimum, share, smoothing)
+            d = -alpha[:, None] * m
         else:
             d = -step_size * m
         theta = theta + d
-        excess.append(problem.excess(theta))
-    return torch.stack(excess)
+        path.append(theta)
+    return torch.stack(path)
+
+
+GRADIENTS = ("full", "sample", "momentum", "filtered", "measured")

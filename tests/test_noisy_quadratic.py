@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_lib import kalman, theory_meka
+from koala_lib import Meka, kalman, theory_meka
 from koala_lib.problems import NoisyQuadratic, noisy_quadratic
 from koala_lib.theory_meka import descend
 
@@ -202,7 +202,7 @@ def test_bad_input_is_named() -> None:
         theory_meka.lemma_bound(1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match=r"needs 0 < step_size <= 1 / L = 0.5, got 0.6"):
         theory_meka.proposition_bound(2 * H, H, torch.ones(2, dtype=F64), 0.6)
-    with pytest.raises(ValueError, match="gradient must be 'full', 'sample' or 'filtered', got 'mean'"):
+    with pytest.raises(ValueError, match=r"gradient must be 'full', .* 'filtered' or 'measured', got 'mean'"):
         descend(small(), 1, 0.1, gradient="mean")
     with pytest.raises(ValueError, match="step_size must be a number or one of 'quadratic', 'pi', 'ei', got 'best'"):
         descend(small(), 1, "best", gradient="full")
@@ -234,6 +234,35 @@ def test_the_printed_inequality_fails_without_the_cross_term() -> None:
     # in one dimension the whole chain of (24) is an equality but for -alpha + alpha^2 / 2 <= -alpha / 2
     cross = torch.tensor([theory_meka.cross_term(one, one, alpha, t) for t in range(200)], dtype=F64)
     torch.testing.assert_close(excess[1:] - printed[:-1], -alpha * (1 - alpha) * (excess[:-1] + cross))
+
+
+@pytest.mark.parametrize("step_size", [0.5, "pi"])
+def test_measured_runs_are_those_of_the_optimizer(step_size: float | str) -> None:
+    problem, rule = small(), {"step_size": step_size} if step_size == "pi" else {"lr": 0.5, "step_size": "constant"}
+    generator, model = torch.Generator().manual_seed(3), problem.model()
+    optimizer = Meka(model, problem.loss_fn, smoothing=0.9, **rule)
+    seen = [problem.start]
+    for _ in range(12):
+        xi = problem.draw(1, 4, generator=generator)[0]
+        optimizer.step(xi, xi)
+        seen.append(model.theta.detach().clone())
+    path = theory_meka.trajectories(problem, 12, step_size, gradient="measured", batch_size=4, seed=3, smoothing=0.9)
+    torch.testing.assert_close(path[:, 0], torch.stack(seen), rtol=1e-9, atol=1e-11)
+    with pytest.raises(ValueError, match="measured variances need batch_size >= 2, got 1"):
+        theory_meka.trajectories(problem, 1, step_size, gradient="measured")
+
+
+def test_momentum_is_that_of_torch() -> None:
+    problem, generator, model = small(), torch.Generator().manual_seed(1), small().model()
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.04, momentum=0.9), [problem.start]
+    for _ in range(6):
+        xi = problem.draw(1, 2, generator=generator)[0]
+        optimizer.zero_grad()
+        problem.loss_fn(model(xi), xi).mean().backward()
+        optimizer.step()
+        seen.append(model.theta.detach().clone())
+    path = theory_meka.trajectories(problem, 6, 0.4, gradient="momentum", batch_size=2, seed=1)
+    torch.testing.assert_close(path[:, 0], torch.stack(seen))
 
 
 # ---- adaptive steps --------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import torch
 from koala_lib import data, models
 from koala_lib.models.dcgan import GANS
 from koala_lib.models.language import LANGUAGE_MODELS
-from koala_lib.optimizers import OPTIMIZERS
+from koala_lib.optimizers import OPTIMIZERS, OWN_FORWARD
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
-VERSION = {"train": 2, "koala_v": 1, "koala_m": 1}
+VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1}
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WRAPPERS = ("", "lookahead", "swa")
@@ -45,7 +45,7 @@ class RunConfig:
         augment: random crop after padding by 4, and flips for natural images.
         model: a network of the task.
         model_args: its options, such as ``init``.
-        optimizer: a name of :data:`koala_lib.optimizers.OPTIMIZERS`.
+        optimizer: a name of :data:`koala_lib.optimizers.OPTIMIZERS` or of :data:`koala_lib.optimizers.OWN_FORWARD`.
         optimizer_args: its arguments.
         wrapper: ``"lookahead"`` (see :func:`koala_lib.optimizers.lookahead`), or ``"swa"``: the metrics are those of
             the mean of the weights at the end of epochs ``start``, ``start + every``, …, once there is one (Izmailov et
@@ -91,7 +91,7 @@ class RunConfig:
             ("task", self.task, KNOWN),
             ("dataset", self.dataset, datasets),
             ("model", self.model, networks),
-            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("optimizer", self.optimizer, OPTIMIZERS | OWN_FORWARD),
             ("wrapper", self.wrapper, WRAPPERS),
             ("precision", self.precision, PRECISIONS),
         ):

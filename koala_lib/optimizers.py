@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koala_lib.optim import KoalaM, KoalaV
+from koala_lib.optim import KoalaM, KoalaV, Meka
 
 Factory = Callable[..., Optimizer]
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
 
 
 def _extra(name: str) -> Factory:
@@ -55,7 +56,34 @@ OPTIMIZERS: dict[str, Factory] = {
     "adamp": _adamp,
     "fromage": _extra("Fromage"),
     "adabelief": _extra("AdaBelief"),
+    "adadelta": torch.optim.Adadelta,
 }
+
+# These run forward and backward themselves, since they need every sample's gradient.
+OWN_FORWARD: dict[str, Factory] = {"meka": Meka, "adameka": partial(Meka, direction="adam")}
+
+
+def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options: Any) -> Optimizer:
+    """The optimizer of a module.
+
+    Args:
+        name: of :data:`OPTIMIZERS` or :data:`OWN_FORWARD`.
+        module: what it trains.
+        loss_fn: losses of the samples, of what ``module`` returns and of targets; ``None`` where there is no such
+            function.
+        options: the optimizer's own.
+
+    Raises:
+        ValueError: for an optimizer that runs the forward pass, where there is no loss function.
+    """
+    if name not in OWN_FORWARD:
+        return OPTIMIZERS[name](module.parameters(), **options)
+    if loss_fn is None:
+        raise ValueError(
+            f"optimizer={name!r} runs the forward pass itself and needs a loss of outputs and targets, which this task "
+            "does not have; it has one with task='classification' and float32"
+        )
+    return OWN_FORWARD[name](module, loss_fn, **options)
 
 
 def lookahead(optimizer: Optimizer, *, k: int = 5, alpha: float = 0.5) -> Optimizer:

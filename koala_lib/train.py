@@ -25,7 +25,7 @@ from torch.optim import swa_utils
 
 from koala_lib import paths, tasks
 from koala_lib.config import RunConfig
-from koala_lib.optimizers import OPTIMIZERS, lookahead
+from koala_lib.optimizers import OWN_FORWARD, create, lookahead
 
 __all__ = ["RunConfig", "RunResult", "train"]
 
@@ -130,11 +130,13 @@ class _Run:
         torch.manual_seed(config.seed)
         self.task = tasks.create(config, device)
         wrapper, options = config.wrapper, dict(config.wrapper_args)
-        create = OPTIMIZERS[config.optimizer]
         self.optimizers = {
-            name: create(part.parameters(), **dict(config.optimizer_args)) for name, part in self.task.parts.items()
+            name: create(config.optimizer, part, self.task.loss_fn, **dict(config.optimizer_args))
+            for name, part in self.task.parts.items()
         }
         if wrapper == "lookahead":
+            if config.optimizer in OWN_FORWARD:
+                raise ValueError(f"wrapper='lookahead' calls step(closure), which optimizer={config.optimizer!r} lacks")
             self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
         self.average = _Average(self.task.network, config.epochs, **options) if wrapper == "swa" else None
         self.schedulers = {

@@ -72,6 +72,18 @@ def adamax_built(*args: Any, **options: Any) -> Tensor:
     return adamax(*args, **options, eps=1e-8)
 
 
+def adadelta(
+    x: Tensor, g: Tensor, s: State, t: int, *, lr: float, weight_decay: float, rho: float, eps: float
+) -> Tensor:
+    """Zeiler 2012, Algorithm 1, for lr = 1."""
+    g = g + weight_decay * x
+    s["g2"] = rho * s.get("g2", torch.zeros_like(x)) + (1 - rho) * g**2
+    u2 = s.get("u2", torch.zeros_like(x))
+    u = (u2 + eps).sqrt() / (s["g2"] + eps).sqrt() * g
+    s["u2"] = rho * u2 + (1 - rho) * u**2
+    return x - lr * u
+
+
 def amsgrad(x: Tensor, g: Tensor, s: State, t: int, *, lr: float, weight_decay: float) -> Tensor:
     """Reddi et al. 2018, Algorithm 2."""
     m, v = moments(g + weight_decay * x, s)
@@ -159,6 +171,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "momentum": 0.9, **WD},
     "adam": {"lr": 3e-2, **WD},
     "adamw": {"lr": 3e-2, **WD},
+    "adadelta": {"lr": 1.0, "rho": 0.95, "eps": 1e-6, **WD},
     "adamax": {"lr": 3e-2, **WD},
     "amsgrad": {"lr": 3e-2, **WD},
     "yogi": {"lr": 1e-2, "eps": 1e-3, **WD, **IN_GRADIENT},
@@ -238,8 +251,9 @@ def test_how_far_the_library_is_from_the_paper(name: str, least: float, most: fl
 @each
 def test_it_trains_a_network(name: str) -> None:
     """Convolutions, BatchNorm and the memory layout of a real run."""
+    lr = 1.0 if name == "adadelta" else 1e-2  # its step has the units of the weights
     config = RunConfig(
-        dataset="digits", model="resnet8", optimizer=name, optimizer_args=ARGUMENTS[name] | {"lr": 1e-2},
+        dataset="digits", model="resnet8", optimizer=name, optimizer_args=ARGUMENTS[name] | {"lr": lr},
         epochs=3, batch_size=32, train_size=320,
     )  # fmt: skip
     result = train.train(config)

@@ -88,5 +88,70 @@ def test_the_rate_of_the_absolute_target_has_no_loss() -> None:
 
 
 def test_an_optimizer_without_a_filter_is_refused() -> None:
-    with pytest.raises(ValueError, match="optimizer='sgd' has no filter to record; use koala_v or koala_m"):
+    with pytest.raises(
+        ValueError, match="optimizer='sgd' has no filter to record; use koala_v, koala_m, meka or adameka"
+    ):
         trace(CONFIG.but(optimizer="sgd", optimizer_args={"lr": 0.1}), 1)
+
+
+# ---------------------------------------------------------------- MEKA
+
+MEKA = CONFIG.but(model="mlp_100", optimizer="meka", optimizer_args={"lr": 0.1, "step_size": "constant"})
+
+
+@pytest.mark.parametrize(("optimizer", "rule"), [("meka", "constant"), ("meka", "pi"), ("adameka", "quadratic")])
+def test_mekas_run_is_the_one_that_train_makes(optimizer: str, rule: str) -> None:
+    config = MEKA.but(optimizer=optimizer, optimizer_args={"lr": 0.1, "step_size": rule, "smoothing": 0.0})
+    run = trace(config, 10, full_gradient=True)
+    assert [run["loss"][:5].mean(), run["loss"][5:].mean()] == pytest.approx(
+        [epoch["train_loss"] for epoch in train(config).epochs], rel=5e-6
+    )
+    assert ("step_size_optimum" in run) == (rule != "constant")
+
+
+def test_distances_to_the_full_gradient_against_a_loop_by_hand() -> None:
+    """The filter written out with a loop over samples and a numerical Hessian-vector product."""
+    run = trace(MEKA, 4, full_gradient=True)
+    digits = data.load("digits", train_size=320)
+    torch.manual_seed(0)
+    network = models.build("mlp_100", num_classes=10, in_channels=1, image_size=8).double()
+    images = [
+        (x.double(), y)
+        for x, y in data.batches(
+            digits.train_images, digits.train_labels, 64, mean=digits.mean, std=digits.std,
+            generator=data.epoch_generator(0, 0), drop_last=True,
+        )
+    ]  # fmt: skip
+
+    def gradient(x: torch.Tensor, y: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        torch.nn.utils.vector_to_parameters(at, network.parameters())
+        loss = torch.nn.functional.cross_entropy(network(x), y)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*network.parameters()])])
+
+    theta = torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    m, p, d = torch.zeros_like(theta), 1e4, torch.zeros_like(theta)
+    everything = torch.cat([x for x, _ in images]), torch.cat([y for _, y in images])
+    sigma = weight = 0.0
+    for row, (x, y) in zip(run.itertuples(), images, strict=False):
+        singles = [(x[i : i + 1], y[i : i + 1]) for i in range(len(y))]
+        gradients = torch.stack([gradient(*one, theta) for one in singles])
+        h = 1e-4
+        ahead, behind = (torch.stack([gradient(*one, theta + s * h * d) for one in singles]) for s in (1, -1))
+        products = (ahead - behind) / (2 * h)
+        g, b, full = gradients.mean(0), products.mean(0), gradient(*everything, theta)
+        weight = 0.999 * weight + 0.001
+        sigma += 0.001 / weight * (float(gradients.var(0).mean()) / 64 - sigma)
+        p += float(products.var(0).mean()) / 64
+        k = p / (p + sigma)
+        m, p = (1 - k) * (m + b) + k * g, (1 - k) * p
+        assert row.full_gradient_norm == pytest.approx(float(full.norm()), rel=1e-4)
+        assert row.filtered_error == pytest.approx(float((m - full).norm()), rel=1e-3)
+        assert row.minibatch_error == pytest.approx(float((g - full).norm()), rel=1e-3)
+        d = -0.1 * m
+        theta = theta + d
+    assert p == pytest.approx(run["variance"].iloc[-1], rel=1e-3)
+
+
+def test_koala_has_no_filtered_gradient_to_compare() -> None:
+    with pytest.raises(ValueError, match="which only MEKA has"):
+        trace(CONFIG, 1, full_gradient=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
+from koala_lib.optim import Meka
 
 
 class Task(ABC):
@@ -23,6 +24,8 @@ class Task(ABC):
         network: everything that is trained.
         parts: the modules that get an optimizer of their own each; of one network, ``"network"``.
         steps_per_epoch: number of batches of an epoch.
+        loss_fn: losses of the samples, shape ``(B,)``, of the network's outputs and of targets, if a batch is a pair of
+            inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("train_loss",)
@@ -31,6 +34,7 @@ class Task(ABC):
     network: nn.Module
     parts: Mapping[str, nn.Module]
     steps_per_epoch: int
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @abstractmethod
     def __init__(self, config: RunConfig, device: torch.device) -> None: ...
@@ -45,7 +49,10 @@ class Task(ABC):
 
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
         """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
-        return closure_step(optimizers["network"], lambda: self.sample_losses(batch)).reshape(1)
+        optimizer = optimizers["network"]
+        if isinstance(optimizer, Meka):
+            return optimizer.step(*batch).reshape(1)
+        return closure_step(optimizer, lambda: self.sample_losses(batch)).reshape(1)
 
     @abstractmethod
     def evaluate(self, network: nn.Module) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Classification(Task):
         # Convolutions are a fifth faster in this layout on CPUs, and much faster with tensor cores.
         self.network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parts = {"network": self.network}
+        if config.precision == "float32":
+            self.loss_fn = partial(nn.functional.cross_entropy, reduction="none")
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._losses
         if device.type == "cuda":
             self._forward = torch.compile(self._losses)

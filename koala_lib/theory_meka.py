@@ -12,7 +12,7 @@ without it. The conclusion E[f - f*] = O(1/t) survives with another constant.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,33 +196,12 @@ def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_siz
 # ---- simulation --------------------------------------------------------------------------------------------------
 
 
-def descend(
-    problem: NoisyQuadratic,
-    steps: int,
-    step_size: float | str,
-    *,
-    gradient: str,
-    batch_size: int = 1,
-    runs: int = 1,
-    seed: int = 0,
-    smoothing: float = 0.0,
-) -> Tensor:
+def descend(problem: NoisyQuadratic, steps: int, step_size: float | str, **options: Any) -> Tensor:
     """Runs on the noisy quadratic, side by side: f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
 
     Arguments and errors are those of :func:`trajectories`, which gives the weights.
     """
-    return problem.excess(
-        trajectories(
-            problem,
-            steps,
-            step_size,
-            gradient=gradient,
-            batch_size=batch_size,
-            runs=runs,
-            seed=seed,
-            smoothing=smoothing,
-        )
-    )
+    return problem.excess(trajectories(problem, steps, step_size, **options))
 
 
 def trajectories(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,21 +78,6 @@ def write_archive(folder: Path, name: str, inner: Path) -> Path:
     with tarfile.open(folder / name, "w:gz") as tar:
         tar.add(inner, arcname=inner.name)
     return folder / name
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty KOALA_DATA and an empty download folder, no network, no permission."""
-
-    def unreachable(url: str, *args: Any, **kwargs: Any) -> str:
-        raise ConnectionError(f"no route to {url}")
-
-    (tmp_path / "given").mkdir()
-    monkeypatch.setenv("KOALA_DATA", str(tmp_path / "given"))
-    monkeypatch.delenv("KOALA_ALLOW_UNVERIFIED_DATA", raising=False)
-    monkeypatch.setattr(paths, "raw_dir", lambda: tmp_path / "raw")
-    monkeypatch.setattr(pooch, "retrieve", unreachable)
-    return tmp_path / "given"
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> Dataset:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from guards import NoHostReads
 from PIL import Image
 from scipy import linalg
 from torch import Tensor, nn
@@ -199,13 +200,6 @@ def test_each_player_is_moved_by_its_own_optimizer_only() -> None:
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class NoHostReads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-            return func(*args, **(kwargs or {}))
-
     task = task_of()
     optimizers = {n: KoalaM(m.parameters(), formulas="released") for n, m in task.parts.items()}
     batches = task.batches(0)

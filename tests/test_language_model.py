@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from guards import NoHostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -272,16 +273,6 @@ def test_the_state_is_carried_through_an_epoch_and_starts_anew_with_the_next() -
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class NoHostReads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            assert func not in (
-                torch.ops.aten._local_scalar_dense.default,
-                torch.ops.aten.nonzero.default,
-            ), func
-            return func(*args, **(kwargs or {}))
-
     run = train._Run(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from guards import NoHostReads
 from optimizers import (
     Case,
     Net,
@@ -23,7 +24,6 @@ from optimizers import (
 )
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lib import KoalaM
 from koala_lib.optim import koala
@@ -117,17 +117,6 @@ def test_a_non_finite_loss_or_gradient_is_a_missing_observation(
 
 
 # --- what a step may cost -----------------------------------------------------------------------------------
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a tensor is read back, which would make a GPU wait."""
-
-    # Indexing is here because a mask among the indices must be counted, unseen from outside.
-    reads = frozenset({"_local_scalar_dense", "item", "equal", "nonzero", "is_nonzero", "masked_select", "index"})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in self.reads, f"{func} reads a tensor back"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("read", [Tensor.item, bool, float, lambda t: t in [0, 1], lambda t: torch.ones(1)[t > 0]])

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pooch
 import pytest
 import torch
 
@@ -23,21 +22,6 @@ from koala_lib.data.text import TEXTS, File, Text, encode, pydoc_topics
 LINES = "the cat sat\n\nthe dog ran far\n"
 CHARACTERS = Text(title="made here", unit="character", files=())
 WORDS = Text(title="made here", unit="word", files=())
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty KOALA_DATA and an empty download folder, no network, no permission."""
-
-    def unreachable(url: str, *args: Any, **kwargs: Any) -> str:
-        raise ConnectionError(f"no route to {url}")
-
-    (tmp_path / "given").mkdir()
-    monkeypatch.setenv("KOALA_DATA", str(tmp_path / "given"))
-    monkeypatch.delenv("KOALA_ALLOW_UNVERIFIED_DATA", raising=False)
-    monkeypatch.setattr(paths, "raw_dir", lambda: tmp_path / "raw")
-    monkeypatch.setattr(pooch, "retrieve", unreachable)
-    return tmp_path / "given"
 
 
 def encoded(row: Text, *texts: str) -> tuple[list[list[str]], tuple[str, ...]]:

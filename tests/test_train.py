@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guards import NoHostReads
 
 from koala_lib import config, data, train
 from koala_lib.tasks import Classification, create
@@ -247,16 +248,6 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class NoHostReads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            assert func not in (
-                torch.ops.aten._local_scalar_dense.default,
-                torch.ops.aten.nonzero.default,
-            ), func
-            return func(*args, **(kwargs or {}))
-
     run = train._Run(QUICK, torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():

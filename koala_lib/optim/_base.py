@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+Entries = dict[str, Tensor]  # a filter's scalars by name
 
 
 def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -77,23 +78,110 @@ def _squared_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.double().square().sum()
 
 
-class LossFilter(torch.optim.Optimizer):
-    """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
+class ScalarFilter(torch.optim.Optimizer):
+    """Base of the optimizers with a filter: one small tensor of scalars, ``filter_entries`` in order, for all weights.
 
-    The filter is one small tensor of scalars for the whole optimizer, ``filter_entries`` in order. It lives in every
-    param group (the same tensor): there ``load_state_dict`` keeps its float64, which it would cast to the dtype of the
-    weights in ``state``, and checkpoints keyed by parameter find it. Subclasses implement :meth:`_predict`,
-    :meth:`_update` and :meth:`_initialise`.
+    It lives in every param group (the same tensor): there ``load_state_dict`` keeps its float64, which it would cast to
+    the dtype of the weights in ``state``, and checkpoints keyed by parameter find it.
     """
 
-    filter_entries: tuple[str, ...]
-    per_group = ("lr", "weight_decay")
-    _observed: Tensor | None = None  # sum, sum of squares and number of the losses seen since predict()
-    _observed_dtype = torch.float32
+    filter_entries: tuple[str, ...]  # one of them is "skipped_steps"
+    per_group: tuple[str, ...] = ("lr",)  # the options that groups may set differently
 
     def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
         self._filter_values = [filter_values[name] for name in self.filter_entries]
         super().__init__(params, defaults)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps had no usable observation (small gradient, non-finite loss). Waits for the device."""
+        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the one filter, e.g. after unfreezing them. A group's own options are ``per_group``.
+
+        Raises:
+            ValueError: if the group sets another option differently from the rest, or a value out of range.
+            TypeError: for parameters that are not real floating-point tensors.
+        """
+        if self.param_groups:  # whose options may have been changed since the constructor
+            first = self.param_groups[0]
+            param_group = {name: first[name] for name in self.defaults if name not in self.per_group} | param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
+        for name in self.defaults:
+            if isinstance(group[name], Real) and not isinstance(group[name], bool):
+                group[name] = float(group[name])
+        first = self.param_groups[0]
+        if "filter" not in first:
+            device = first["params"][0].device if first["params"] else torch.device("cpu")
+            first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
+        group["filter"] = first["filter"]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        for name, default in self.defaults.items():
+            value = default if group is self.param_groups[0] else self.param_groups[0][name]
+            if name not in self.per_group and group[name] != value:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
+                    f"so {name} is set once in the constructor (here {value!r}); a group may set "
+                    + ", ".join(self.per_group)
+                )
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"{type(self).__name__} needs real floating-point parameters, got {p.dtype} of shape "
+                    + str(tuple(p.shape))
+                    + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
+        groups = state.get("param_groups", [])
+        saved = groups[0].get("filter") if groups else None
+        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+            raise ValueError(
+                f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
+                "it was saved by another optimizer or by other options"
+            )
+        super().__setstate__(state)
+        self._share_filter(saved)
+
+    def _share_filter(self, values: Tensor) -> None:
+        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
+        values = values.to(device=device, dtype=scalar_dtype(device))
+        for group in self.param_groups:
+            group["filter"] = values
+
+    def _filter(self) -> Tensor:
+        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
+        values: Tensor = self.param_groups[0]["filter"]
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and first.device != values.device:
+            self._share_filter(values)
+            values = self.param_groups[0]["filter"]
+        return values
+
+    def _entries(self) -> Entries:
+        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
+
+
+class LossFilter(ScalarFilter):
+    """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
+
+    Subclasses implement :meth:`_predict`, :meth:`_update` and :meth:`_initialise`.
+    """
+
+    per_group = ("lr", "weight_decay")
+    _observed: Tensor | None = None  # sum, sum of squares and number of the losses seen since predict()
+    _observed_dtype = torch.float32
 
     # -- what a subclass fills in ------------------------------------------------------------------------------
 
@@ -205,85 +293,22 @@ class LossFilter(torch.optim.Optimizer):
         del values["skipped_steps"]
         return values
 
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps had no usable observation (small gradient, non-finite loss). Waits for the device."""
-        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
-
     # -- groups and state ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the one filter. Options of a group are ``lr`` and ``weight_decay``.
-
-        Raises:
-            ValueError: if the group sets another option differently from the rest, or a value out of range.
-            TypeError: for parameters that are not real floating-point tensors.
-        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
-        for name in self.defaults:
-            if isinstance(group[name], Real) and not isinstance(group[name], bool):
-                group[name] = float(group[name])
-        first = self.param_groups[0]
-        group["predicted"] = first.get("predicted", False)
-        if "filter" not in first:
-            device = first["params"][0].device if first["params"] else torch.device("cpu")
-            first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
-        group["filter"] = first["filter"]
+        group["predicted"] = self.param_groups[0].get("predicted", False)
         if group["predicted"]:
             self._initialise()
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
         check_number("weight_decay", group["weight_decay"])
-        for name, value in self.defaults.items():
-            if name not in self.per_group and group[name] != value:
-                raise ValueError(
-                    f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
-                    f"so {name} is set once in the constructor (here {value!r}); per group are "
-                    + ", ".join(self.per_group)
-                )
-        for p in group["params"]:
-            if not p.is_floating_point():
-                raise TypeError(
-                    f"{type(self).__name__} needs real floating-point parameters, got {p.dtype} of shape "
-                    + str(tuple(p.shape))
-                    + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
-                )
+        super()._check_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
-        groups = state.get("param_groups", [])
-        saved = groups[0].get("filter") if groups else None
-        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
-            raise ValueError(
-                f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
-                "it was saved by another optimizer or by other options"
-            )
         super().__setstate__(state)
-        self._share_filter(saved)
         self._observed = None
-
-    def _share_filter(self, values: Tensor) -> None:
-        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
-        values = values.to(device=device, dtype=scalar_dtype(device))
-        for group in self.param_groups:
-            group["filter"] = values
-
-    def _filter(self) -> Tensor:
-        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
-        values: Tensor = self.param_groups[0]["filter"]
-        first = next((p for group in self.param_groups for p in group["params"]), None)
-        if first is not None and first.device != values.device:
-            self._share_filter(values)
-            values = self.param_groups[0]["filter"]
-        return values
 
     def _set_predicted(self, value: bool) -> None:
         for group in self.param_groups:

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._base import HALF, LossFilter, check_choice, check_flag, check_number, squared_norms
+from koala_lib.optim._base import HALF, Entries, LossFilter, check_choice, check_flag, check_number, squared_norms
 
 __all__ = ["KoalaM", "KoalaV"]
 
-Entries = dict[str, Tensor]  # the filter's scalars by name
 
 # ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
 
@@ -138,9 +137,6 @@ class _Koala(LossFilter):
     @property
     def _released(self) -> bool:
         return bool(self._options["formulas"] == "released")
-
-    def _entries(self) -> Entries:
-        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
 
     def _initialise(self) -> None:
         start = torch.zeros_like if self._released else torch.clone  # x_avg: released row 2

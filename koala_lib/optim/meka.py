@@ -11,7 +11,6 @@ with full matrices and slow loops in the paper's symbols.
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 
 from koala_lib import kalman
 from koala_lib.moments import METHODS, sample_moments
-from koala_lib.optim._base import check_choice, check_lr, check_number, scalar_dtype
+from koala_lib.optim._base import Entries, ScalarFilter, check_choice, check_number, scalar_dtype
 from koala_lib.step_size import RULES, PredictedChange
 
 __all__ = ["Meka"]
 
-Entries = dict[str, Tensor]  # the filter's scalars by name
 ADAM_EPS = 1e-8  # epsilon of eq. (9)
 
 
@@ -53,7 +51,7 @@ def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]
     return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
 
 
-class Meka(torch.optim.Optimizer):
+class Meka(ScalarFilter):
     r"""MEKA (``direction="gradient"``) and AdaMEKA (``"adam"``), with fixed or self-chosen step sizes.
 
     With the minibatch means y of the loss, g of the gradient and b = B d of the Hessian times the last displacement,
@@ -173,7 +171,9 @@ class Meka(torch.optim.Optimizer):
             "curvature_smoothing": curvature_smoothing,
         }
         self.model, self.loss_fn = model, loss_fn
-        super().__init__((p for p in model.parameters() if p.requires_grad), options)
+        initial = dict.fromkeys(self.filter_entries, 0.0)
+        initial |= {"variance": prior_variance, "value_variance": prior_variance}
+        super().__init__((p for p in model.parameters() if p.requires_grad), options, initial)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -311,51 +311,7 @@ class Meka(torch.optim.Optimizer):
         values = zip(self.filter_entries, self._filter().tolist(), strict=True)
         return {name: value for name, value in values if name not in hidden}
 
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps had no usable observation. Waits for the device."""
-        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
-
-    def _entries(self) -> Entries:
-        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters of the model to the one filter, e.g. after unfreezing them. The option of a group is ``lr``.
-
-        Raises:
-            ValueError: for parameters that are not the model's, an option that differs from that of the other groups,
-                or a value out of range.
-            TypeError: for parameters that are not real floating-point tensors.
-        """
-        if self.param_groups:  # their options, which may have been changed since the constructor
-            first = self.param_groups[0]
-            param_group = {name: first[name] for name in self.defaults if name != "lr"} | param_group
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        first = self.param_groups[0]
-        if "filter" not in first:
-            initial = {"variance": group["prior_variance"], "value_variance": group["prior_variance"]}
-            device = group["params"][0].device
-            values = [initial.get(name, 0.0) for name in self.filter_entries]
-            first["filter"] = torch.tensor(values, dtype=scalar_dtype(device), device=device)
-        group["filter"] = first["filter"]
-
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        if isinstance(group["lr"], Real):  # a numpy number would keep torch.load(weights_only=True) from reading it
-            group["lr"] = float(group["lr"])
-        first = self.param_groups[0]
-        for name in self.defaults:
-            if name != "lr" and group[name] != first[name]:
-                raise ValueError(
-                    f"{name}={group[name]!r} in a param group: Meka keeps one filter for all groups, so {name} is set "
-                    f"once in the constructor (here {first[name]!r}); per group is lr"
-                )
         models = set(self.model.parameters())
         for p in group["params"]:
             if p not in models:
@@ -363,30 +319,7 @@ class Meka(torch.optim.Optimizer):
                     f"the model has no such parameter (shape {tuple(p.shape)}): Meka runs the forward pass itself and "
                     "moves parameters of its model only"
                 )
-            if not p.is_floating_point():
-                raise TypeError(f"Meka needs real floating-point parameters, got {p.dtype} of shape {tuple(p.shape)}")
+        super()._check_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"model": self.model, "loss_fn": self.loss_fn}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
-        groups = state.get("param_groups", [])
-        saved = groups[0].get("filter") if groups else None
-        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
-            raise ValueError("this state_dict holds no filter of Meka: it was saved by another optimizer")
-        super().__setstate__(state)
-        self._share_filter(saved)
-
-    def _share_filter(self, values: Tensor) -> None:
-        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
-        values = values.to(device=device, dtype=scalar_dtype(device))
-        for group in self.param_groups:
-            group["filter"] = values
-
-    def _filter(self) -> Tensor:
-        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
-        if self.param_groups[0]["filter"].device != self.param_groups[0]["params"][0].device:
-            self._share_filter(self.param_groups[0]["filter"])
-        values: Tensor = self.param_groups[0]["filter"]
-        return values

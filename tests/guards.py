@@ -16,6 +16,7 @@ class NoHostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         # a mask among the indices must be counted, unseen from outside
-        masked = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        assert not (masked or name in self.reads), f"{func} reads a tensor back"
+        mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        reads = mask or name in self.reads
+        assert not reads, f"{func} reads a tensor back"
         return func(*args, **(kwargs or {}))

@@ -32,7 +32,7 @@ from koala_lib import paths
 from koala_lib._claims_file import PRESETS, TESTS, Claim, Criterion, read
 
 __all__ = [
-    "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "combine", "interval",
+    "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "available", "combine", "interval",
     "judge", "load", "read", "replace_block",
     "save", "saved", "scoreboard", "table",
 ]  # fmt: skip
@@ -59,6 +59,11 @@ class Verdict:
 
 
 @cache
+def available() -> list[str]:
+    """The papers whose claims are here."""
+    return sorted(path.stem for path in paths.claims_dir().glob("*.yaml"))
+
+
 def load(paper: str = "koala") -> Mapping[str, Claim]:
     """The claims of one paper by id, in the order of its file."""
     return read(paths.claims_dir() / f"{paper}.yaml")
@@ -289,15 +294,38 @@ _Judged = Mapping[tuple[str, str], Verdict]  # by claim id and preset
 
 
 def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None, *, full: bool = False) -> str:
-    """Verdicts of all presets as Markdown: counts, then the claims by table.
+    """Verdicts of all presets as Markdown: counts, then the claims of each paper by table, folded.
 
     The short form (README) gives the numbers of a table one row, and a table that nobody has run one row in all. The
     full form (report) gives every claim a row with its id and the rule, and the notes. "Not run yet" marks a claim
     that lists a test for the preset and has no verdict. ``ValueError`` for a verdict that does not fit its claim any
     more, and for two different verdicts on one claim and preset.
     """
-    papers = papers or sorted(path.stem for path in paths.claims_dir().glob("*.yaml"))
-    claims = [claim for paper in papers for claim in load(paper).values()]
+    judged = _by_claim(verdicts)
+    shown = ("reproduced", "inconclusive", "contradicted", NOT_YET, NOT_RUN)
+    lines = [_row("claims", "preset", *shown), _row("---", "---", *["---:"] * len(shown))]
+    papers = papers or available()
+    for paper in papers:
+        for preset in PRESETS:
+            counts = Counter(_status(claim, preset, judged) for claim in load(paper).values())
+            name = f"{paper.upper()}, {len(load(paper))}" if preset == PRESETS[0] else ""
+            lines.append(_row(name, preset, *(str(counts[status]) for status in shown)))
+    for paper in papers:
+        lines += ["", "<details>", f"<summary>{paper.upper()}, claim by claim</summary>", ""]
+        lines += [_row("claim", "the paper says", *PRESETS), _row(*["---"] * (2 + len(PRESETS)))]
+        groups: dict[str, list[Claim]] = {}
+        for claim in load(paper).values():
+            groups.setdefault(claim.id.split(".")[1], []).append(claim)
+        for group in groups.values():
+            lines += _group(group[0].where.split(",")[0], group, judged, full)
+        notes = dict.fromkeys(f"- {c.where.split(',')[0]}: {c.note}" for c in load(paper).values() if c.note)
+        if full and notes:
+            lines += ["", "Notes on the paper's own statements:", "", *notes]
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _by_claim(verdicts: Iterable[Verdict]) -> _Judged:
     judged: dict[tuple[str, str], Verdict] = {}
     for verdict in verdicts:
         claim = _claim(verdict.claim_id)
@@ -308,18 +336,7 @@ def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None,
             )
         if judged.setdefault((claim.id, verdict.preset), verdict) != verdict:
             raise ValueError(f"{claim.id}: two different verdicts at {verdict.preset!r}")
-    lines = [_row(f"{len(claims)} claims", *PRESETS), _row("---", *["---:"] * len(PRESETS))]
-    for status in ("reproduced", "inconclusive", "contradicted", NOT_YET, NOT_RUN):
-        lines.append(_row(status, *(str(sum(_status(c, p, judged) == status for c in claims)) for p in PRESETS)))
-    lines += ["", _row("claim", "the paper says", *PRESETS), _row(*["---"] * (2 + len(PRESETS)))]
-    groups: dict[tuple[str, ...], list[Claim]] = {}
-    for claim in claims:
-        groups.setdefault(tuple(claim.id.split(".")[:2]), []).append(claim)
-    for (paper, _), group in groups.items():
-        title = group[0].where.split(",")[0]
-        lines += _group(title if len(papers) == 1 else f"{paper.upper()}, {title}", group, judged, full)
-    notes = dict.fromkeys(f"- {claim.where.split(',')[0]}: {claim.note}" for claim in claims if claim.note)
-    return "\n".join([*lines, *(["", "Notes on the papers' own statements:", "", *notes] if full else [])]) + "\n"
+    return judged
 
 
 def _group(title: str, group: list[Claim], judged: _Judged, full: bool) -> list[str]:

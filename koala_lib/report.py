@@ -58,7 +58,7 @@ def build() -> Path:
 
 def _table(*, full: bool) -> str:
     """The scoreboard as HTML, its cells in the colour of their verdict."""
-    table = str(mistune.create_markdown(plugins=["table"])(scoreboard(full=full)))
+    table = str(mistune.create_markdown(escape=False, plugins=["table"])(scoreboard(full=full)))
     return re.sub(r"<td([^>]*)>(reproduced|inconclusive|contradicted)\b", r'<td\1 class="\2">\2', table)
 
 

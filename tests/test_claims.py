@@ -599,16 +599,19 @@ def test_verdicts_survive_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_scoreboard_counts_and_groups() -> None:
     verdicts = some_verdicts()
     board = claims.scoreboard(verdicts, ["koala"])
-    rows = [re.split(r" +\| +", line.strip("| ")) for line in board.splitlines() if line.startswith("|")]
-    counts = {row[0]: [int(x) for x in row[1:]] for row in rows[2:7]}
-    assert [sum(column) for column in zip(*counts.values(), strict=True)] == [len(KOALA)] * 3
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in board.splitlines() if line.startswith("|")]
+    assert rows[2][0] == f"KOALA, {len(KOALA)}"
+    counts = {row[1]: dict(zip(rows[0][2:], map(int, row[2:]), strict=True)) for row in rows[2:5]}
+    assert list(counts) == list(claims.PRESETS)
+    assert [sum(counts[p].values()) for p in claims.PRESETS] == [len(KOALA)] * 3
     statuses = [(v.status, v.preset) for v in verdicts]
-    assert counts["reproduced"] == [statuses.count(("reproduced", p)) for p in claims.PRESETS] == [2, 0, 5]
-    assert counts["not run yet"] == [
+    reproduced = [counts[p]["reproduced"] for p in claims.PRESETS]
+    assert reproduced == [statuses.count(("reproduced", p)) for p in claims.PRESETS] == [2, 0, 5]
+    assert [counts[p]["not run yet"] for p in claims.PRESETS] == [
         sum(p in c.judge for c in KOALA.values()) - sum(v.preset == p and v.status != claims.NOT_RUN for v in verdicts)
         for p in claims.PRESETS
     ]
-    body = {row[0]: row[1:] for row in rows[8:]}
+    body = {row[0]: row[1:] for row in rows[7:]}
     numbers = ["10 numbers", "not run at this scale", "not run at this scale", "5 not run yet, 5 reproduced"]
     assert body["**Table 2**"] == numbers
     gain = body[KOALA["koala.table2.m_k09_beats_v"].text]
@@ -618,7 +621,17 @@ def test_scoreboard_counts_and_groups() -> None:
     assert gain[2:] == ["not run yet"] * 2
     assert body["**Table 7**"][0] == "16 numbers, 1 statement"
     assert KOALA["koala.table7.koala_m_lowest"].text not in body  # nobody ran it: one row for the table
-    assert {len(row) for row in rows[7:]} == {5}
+    assert {len(row) for row in rows[5:]} == {5}
+
+
+def test_scoreboard_of_several_papers_counts_and_folds_each_by_itself() -> None:
+    board = claims.scoreboard(some_verdicts(), ["koala", "meka"])
+    counts, koala, meka = board.split("<details>")
+    assert [name for name in re.findall(r"^\| (\w+), \d+ \|", counts, re.M)] == ["KOALA", "MEKA"]
+    assert koala.startswith("\n<summary>KOALA,")
+    assert "**Figure 5**" in meka
+    assert "**Figure 5**" not in koala
+    assert board.count("</details>") == 2
 
 
 def test_full_scoreboard_lists_every_claim_and_note() -> None:
@@ -628,7 +641,7 @@ def test_full_scoreboard_lists_every_claim_and_note() -> None:
         assert c.note in full
     lines = full.splitlines()
     short = claims.scoreboard(some_verdicts(), ["koala"]).splitlines()
-    assert lines[:7] == short[:7]  # the same counts
+    assert lines[:5] == short[:5]  # the same counts
     assert not any(f"`{c}`" in line for c in KOALA for line in short)
 
 

@@ -32,7 +32,7 @@ from koala_lib.optim._base import (
 __all__ = ["Apollo"]
 
 
-# ---- passes over the weights: lists of tensors of one device and dtype; half precision is computed in float32 ---------
+# ---- passes over the weights: lists of tensors of one device and dtype; half precision is computed in float32 --------
 
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
@@ -65,7 +65,7 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    bent = torch._foreach_addcmul(changes, _wide(curvatures), directions)  # y + B d
+    bent = list(torch._foreach_addcmul(changes, _wide(curvatures), directions))  # y + B d
     squares = list(torch._foreach_mul(directions, directions))
     excess, fourth = _inner(bent, directions), _inner(squares, squares)
     scale = (fourth.sqrt().sqrt() + eps).square().square()
@@ -242,7 +242,7 @@ class Apollo(torch.optim.Optimizer):
         update = _compiled_update() if group["fused"] else _update
         update(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             means,
             curvatures,
             directions,
@@ -263,7 +263,8 @@ class Apollo(torch.optim.Optimizer):
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         ramp = start + (end - start) * t / max(steps, 1)
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        return torch.where(t < steps, ramp, lr) * (lr != 0)
+        rates: Tensor = torch.where(t < steps, ramp, lr) * (lr != 0)
+        return rates
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

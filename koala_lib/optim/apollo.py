@@ -26,6 +26,7 @@ from koala_lib.optim._base import (
     check_real,
     compile_or_warn,
     scalar_dtype,
+    squared_norms,
     subtract,
 )
 
@@ -37,13 +38,6 @@ __all__ = ["Apollo"]
 
 def _wide(tensors: list[Tensor]) -> list[Tensor]:
     return [t.float() if t.dtype in HALF else t for t in tensors]
-
-
-def _inner(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """x . y of every pair, shape (len(xs),), float64."""
-    sums = [t.sum() for t in torch._foreach_mul(xs, ys)]
-    whole = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]  # a DTensor's, over its mesh
-    return torch.stack(whole).to(scalar_dtype(whole[0].device))
 
 
 def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float) -> list[Tensor]:
@@ -65,10 +59,13 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    bent = list(torch._foreach_addcmul(changes, _wide(curvatures), directions))  # y + B d
+    products = torch._foreach_addcmul(changes, _wide(curvatures), directions)  # y + B d
+    torch._foreach_mul_(products, directions)
+    sums = (t.sum() for t in products)
+    excess = torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums])  # a DTensor's, whole
     squares = list(torch._foreach_mul(directions, directions))
-    excess, fourth = _inner(bent, directions), _inner(squares, squares)
-    scale = (fourth.sqrt().sqrt() + eps).square().square()
+    norm = torch.stack(squared_norms(squares)).sqrt().sqrt()  # |d|_4
+    scale = (norm + eps).square().square()
     subtract(curvatures, squares, list(torch.where(scale == 0, 0.0, excess / scale).unbind()))
 
 
@@ -92,7 +89,9 @@ def _update(
         grads = list(torch._foreach_neg(grads))
     if weight_decay and not directions:
         grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
-    changes = [(g - m) * a for g, m, a in zip(grads, means, weights, strict=True)]  # m_{t+1} - m_t (9)
+    changes = list(torch._foreach_sub(grads, means))
+    for change, weight in zip(changes, weights, strict=True):
+        change.mul_(weight)  # m_{t+1} - m_t (9)
     weak_secant_update(curvatures, _wide(directions) or _directions(means, curvatures, sigma), changes, eps)
     torch._foreach_add_(means, changes)
     new = _directions(means, curvatures, sigma)

@@ -200,14 +200,16 @@ def _numbers(entry: Any, file: str, named: dict[str, Any]) -> list[Claim]:
         here = f"{at}: row {row}"
         if not isinstance(cells, list) or len(cells) != 1 + len(columns) or not isinstance(cells[0], str):
             raise ValueError(f"{here}: expected a label and {len(columns)} numbers, got {cells!r}")
-        for (name, column), number in zip(columns.items(), cells[1:], strict=True):
+        for (name, column), cell in zip(columns.items(), cells[1:], strict=True):
+            number, spread = cell if isinstance(cell, list) and len(cell) == 2 else (cell, None)
+            printed = _fields({name: number, "spread": spread}, here, number=f"{name}! spread")
             claim = Claim(
                 id=f"{table['id']}.{row}.{name}",
                 where=f"{table['where']}, {cells[0]}, {column['title']}",
                 kind="value",
                 metric=column["metric"],
-                expected=_fields({name: number}, here, number=f"{name}!")[name],
-                spread=None,
+                expected=printed[name],
+                spread=printed["spread"],
                 note=table["note"] or "",
                 judge=column["judge"],
                 **shared,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from koala_lib import models, paths
-from koala_lib.optim import KoalaM, KoalaV
+from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.traffic import Factory, Row, memory, now, step
 
@@ -38,6 +38,8 @@ CONTENDERS: dict[str, Factory] = {
     "KOALA-M": lambda p: KoalaM(p, 1e-9),
     "KOALA-M, weight decay": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4),
     "KOALA-M, released": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
+    "APOLLO": lambda p: Apollo(p, 1e-9),
+    "APOLLO, decoupled decay": lambda p: Apollo(p, 1e-9, weight_decay=5e-4, decoupled_weight_decay=True),
 }
 SWEPT = ("SGD momentum, fused", "AdamW, fused", "KOALA-V", "KOALA-M")
 SIZES = (125_000, 500_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000, 32_000_000, 64_000_000)

@@ -8,33 +8,58 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koala_lib.optim import KoalaM, KoalaV, Meka
+from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
 
 
+def _strict(cls: type[Optimizer], params: Iterable[Tensor], options: dict[str, Any]) -> Optimizer:
+    """An optimizer of ``pytorch_optimizer``, strict about its keywords, which it is not itself."""
+    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{cls.__name__} has no argument {option!r}; it has {', '.join(known[1:])}")
+    return cls(params, **options)
+
+
 def _extra(name: str) -> Factory:
-    """A class of ``pytorch_optimizer``, imported at its first use and strict about its keywords, which it is not."""
+    """A class of ``pytorch_optimizer``, imported at its first use."""
 
     def create(params: Iterable[Tensor], **options: Any) -> Optimizer:
         import pytorch_optimizer
 
-        cls: type[Optimizer] = getattr(pytorch_optimizer, name)
-        known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        for option in options:
-            if option not in known:
-                raise TypeError(f"{name} has no argument {option!r}; it has {', '.join(known[1:])}")
-        return cls(params, **options)
+        return _strict(getattr(pytorch_optimizer, name), params, options)
 
     return create
+
+
+@cache
+def _adahessian_class() -> type[Optimizer]:
+    import pytorch_optimizer
+
+    class AdaHessian(pytorch_optimizer.AdaHessian):
+        """With the spatial averaging of its paper (Yao et al., AAAI 2021, eq. 10), over the kernels of convolutions."""
+
+        @staticmethod
+        def compute_hutchinson_hessian(param_groups: Any, state: Any, *args: Any, **options: Any) -> None:
+            pytorch_optimizer.AdaHessian.compute_hutchinson_hessian(param_groups, state, *args, **options)
+            for kept in state.values():
+                if "hessian" in kept and kept["hessian"].dim() == 4:
+                    kept["hessian"].copy_(kept["hessian"].mean((2, 3), keepdim=True))
+
+    return AdaHessian
+
+
+def _adahessian(params: Iterable[Tensor], **options: Any) -> Optimizer:
+    return _strict(_adahessian_class(), params, options)
 
 
 def _adamp(params: Iterable[Tensor], **options: Any) -> Optimizer:
@@ -47,6 +72,7 @@ def _adamp(params: Iterable[Tensor], **options: Any) -> Optimizer:
 OPTIMIZERS: dict[str, Factory] = {
     "koala_v": KoalaV,
     "koala_m": KoalaM,
+    "apollo": Apollo,
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -57,7 +83,12 @@ OPTIMIZERS: dict[str, Factory] = {
     "fromage": _extra("Fromage"),
     "adabelief": _extra("AdaBelief"),
     "adadelta": torch.optim.Adadelta,
+    "radam": torch.optim.RAdam,
+    "adahessian": _adahessian,
 }
+
+# Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).
+SECOND_ORDER = frozenset({"adahessian"})
 
 # These run forward and backward themselves, since they need every sample's gradient.
 OWN_FORWARD: dict[str, Factory] = {"meka": Meka, "adameka": partial(Meka, direction="adam")}

@@ -39,6 +39,8 @@ PALETTE: dict[str, str] = {
     "adamw": _SAFE[5],
     "adabelief": _SAFE[8],
     "lookahead": _SAFE[6],
+    "radam": "#882255",
+    "adahessian": "#332288",
     "paper": "#000000",
 }
 LABELS = {
@@ -51,6 +53,8 @@ LABELS = {
     "adam": "Adam",
     "adamw": "AdamW",
     "adabelief": "AdaBelief",
+    "radam": "RAdam",
+    "adahessian": "AdaHessian",
     "lookahead": "Lookahead",
     "paper": "paper",
 }

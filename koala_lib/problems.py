@@ -37,6 +37,26 @@ class FiniteSum:
         """Gradient (n,) of the mean loss at a point (n,)."""
         return self.at(x)[1].mean(0)
 
+    def minimiser(self) -> Tensor:
+        """Where the mean loss of a convex problem is smallest, (n,), found numerically from the start.
+
+        >>> two_samples().minimiser()
+        tensor([-0.3333], dtype=torch.float64)
+        """
+        x = torch.tensor(self.start, dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS(
+            [x], max_iter=1000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            loss: Tensor = self.losses(x).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        solver.step(closure)  # type: ignore[no-untyped-call]
+        return x.detach()
+
 
 class Trace(NamedTuple):
     """What an optimizer saw at the points where it took gradients; one row a step.

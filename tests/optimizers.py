@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koala_lib import KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaV
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Case:
     name: str
     factory: Callable[..., Any]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    state: frozenset[str] = frozenset()  # the tensors it keeps per parameter
+    state: frozenset[str] = frozenset()  # the tensors it keeps per parameter, a count of steps aside
 
     def __call__(self, params: Any, **more: Any) -> Any:
         return self.factory(params, **{**self.kwargs, **more})
@@ -37,6 +37,8 @@ class Case:
 
 VELOCITY, AVERAGE = frozenset({"velocity"}), frozenset({"average"})
 RELEASED = {"formulas": "released", "weight_decay": 0.02}
+HESSIAN = frozenset({"mean", "curvature"})
+APOLLO = {"lr": 0.5, "sigma": 1.0, "warmup_steps": 3}
 PRINTED = {"blocks": "global", "target_risk": "absolute", "measurement_noise": 0.5, "lr": 0.1}
 
 CASES = [
@@ -49,6 +51,8 @@ CASES = [
     Case("M-released", KoalaM, RELEASED, VELOCITY | AVERAGE),
     Case("M-printed", KoalaM, PRINTED, VELOCITY | AVERAGE),
     Case("M-foreach", KoalaM, {"foreach": True, "weight_decay": 0.02}, VELOCITY | AVERAGE),
+    Case("Apollo", Apollo, APOLLO, HESSIAN),
+    Case("Apollo-W", Apollo, APOLLO | {"weight_decay": 0.02, "decoupled_weight_decay": True}, HESSIAN | {"direction"}),
 ]
 FILTERS = [case for case in CASES if case.filters]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,6 +101,11 @@ def advance(net: nn.Module, optimizer: Any, steps: range | list[int]) -> None:
 def weights(net: nn.Module) -> Tensor:
     """All weights as one float64 vector."""
     return torch.cat([p.detach().double().reshape(-1) for p in net.parameters()])
+
+
+def kept(optimizer: Any, p: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps for a parameter beside a count of steps."""
+    return {name: value for name, value in optimizer.state[p].items() if name != "step"}
 
 
 def snapshot(net: nn.Module, optimizer: Any) -> dict[str, Any]:

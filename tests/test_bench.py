@@ -204,9 +204,12 @@ def test_state_is_counted_to_the_byte() -> None:
         "KOALA-M": 2,
         "KOALA-M, weight decay": 2,
         "KOALA-M, released": 2,
+        "APOLLO": 2,
+        "APOLLO, decoupled decay": 3,
     }
     assert rows["SGD momentum, fused"]["state_bytes"] == 400
     assert rows["AdamW, fused"]["state_bytes"] == 2 * 400 + 2 * 4  # a step counter for each tensor
+    assert rows["APOLLO"]["state_bytes"] == rows["AdamW, fused"]["state_bytes"]
     assert rows["KOALA-V"]["state_bytes"] == 4 * 8  # the filter, in float64
     assert rows["KOALA-M"]["state_bytes"] == 2 * 400 + 6 * 8
     assert rows["KOALA-M"]["state"] == pytest.approx(2 + 48 / 400)

@@ -134,6 +134,29 @@ def test_the_papers_tables_bear_out_its_statements_except_where_noted() -> None:
     assert refuted == {cell.format("resnet50"), cell.format("wide_resnet50_2")}
 
 
+APOLLO = claims.load("apollo")
+
+
+def test_apollos_numbers_are_the_printed_ones() -> None:
+    printed = {
+        "table1.cifar10": "93.94 94.53 93.74 94.24 93.88 94.38 94.03 94.51 93.97 94.48 94.21 94.64",
+        "table1.imagenet": "77.57 78.26 76.86 77.54 76.91 77.68 77.55 78.22 77.61 78.02 77.85 78.45",
+        "table2": "32.65 36.68 36.20 32.83 31.94",
+        "table3": "26.59 27.84 28.15 28.14 28.34",
+    }
+    for table, numbers in printed.items():
+        rows = [c for i, c in APOLLO.items() if i.startswith(f"apollo.{table}.") and c.kind == "value"]
+        assert [c.expected for c in rows] == [float(x) for x in numbers.split()]
+        assert all(c.n == 5 and c.spread for c in rows)
+    assert [APOLLO[f"apollo.table3.wmt14.{row}.bleu"].spread for row in ("sgd", "radam", "apollo")] == [0.07, 0.15, 0.1]
+
+
+def test_apollos_tables_bear_out_its_orderings() -> None:
+    orderings = [c for c in APOLLO.values() if c.kind == "ordering" and c.expected is not None]
+    assert len(orderings) == 9
+    assert all(c.expected > c.judge["paper"].margin for c in orderings)
+
+
 def test_expected_gains_are_computed_from_the_table() -> None:
     assert KOALA["koala.table2.m_k09_beats_v"].expected == 0.79  # 24.17 - 23.38
     assert KOALA["koala.table2.adaptive_q_does_not_hurt"].expected == -0.01

@@ -18,6 +18,7 @@ from optimizers import (
     each_case,
     each_filter,
     evaluate,
+    kept,
     losses_of,
     snapshot,
     trained,
@@ -97,7 +98,7 @@ def test_loading_into_another_dtype(case: Case) -> None:
     loaded.load_state_dict(through_a_file(optimizer.state_dict()))
     small.load_state_dict(net.state_dict())
     for p in small.parameters():
-        assert {name: value.dtype for name, value in loaded.state[p].items()} == dict.fromkeys(case.state, p.dtype)
+        assert {name: value.dtype for name, value in kept(loaded, p).items()} == dict.fromkeys(case.state, p.dtype)
     if case.filters:  # the filter keeps its 64 bits
         torch.testing.assert_close(
             loaded.param_groups[0]["filter"], optimizer.param_groups[0]["filter"], rtol=0, atol=0
@@ -140,7 +141,7 @@ def test_distributed_checkpoint(case: Case, flatten: bool) -> None:
     get_optimizer_state_dict(net, optimizer, options=options)  # makes a bare step() at lr = 0
     assert torch.equal(weights(net), start)
     assert [group["lr"] for group in optimizer.param_groups] == [0.7, 0.4]
-    assert all(optimizer.state[p].keys() == case.state for p in net.parameters())
+    assert all(kept(optimizer, p).keys() == case.state for p in net.parameters())
 
     advance(net, optimizer, range(4))
     saved = through_a_file(get_optimizer_state_dict(net, optimizer, options=options))
@@ -166,7 +167,7 @@ def test_a_bare_step_at_lr_0_creates_the_state_and_moves_nothing(case: Case) -> 
     assert optimizer.step() is None
     assert torch.equal(weights(net), before)
     assert optimizer.filter_state() == noise
-    assert all(optimizer.state[p].keys() == case.state for p in net.parameters())
+    assert all(kept(optimizer, p).keys() == case.state for p in net.parameters())
 
 
 # --- param groups -----------------------------------------------------------------------------------------
@@ -509,6 +510,6 @@ def test_strides_do_not_matter(case: Case, layout: str) -> None:
         for optimizer in optimizers:
             optimizer.step(lambda k=k: torch.tensor(k + 1.0, dtype=torch.float64))
     torch.testing.assert_close(strided.detach(), plain.detach(), rtol=1e-12, atol=1e-12)
-    stride = {name: value.stride() for name, value in optimizers[1].state[strided].items()}
+    stride = {name: value.stride() for name, value in kept(optimizers[1], strided).items()}
     dense = layout != "every other"  # preserve_format keeps the strides of dense tensors
     assert stride == dict.fromkeys(case.state, strided.stride()) or not dense

@@ -17,6 +17,7 @@ from optimizers import (
     each_case,
     each_filter,
     evaluate,
+    kept,
     losses_of,
     snapshot,
     trained,
@@ -35,7 +36,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def dtypes(net: nn.Module, optimizer: Any) -> list[torch.dtype]:
-    return [t.dtype for p in net.parameters() for t in (p, *optimizer.state[p].values())]
+    return [t.dtype for p in net.parameters() for t in (p, *kept(optimizer, p).values())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,7 +83,7 @@ def test_mixed_dtypes(case: Case) -> None:
         before = dtypes(net, optimizer)
         advance(net, optimizer, range(20))
         assert [p.dtype for p in net.parameters()] == before
-        assert all(v.dtype == p.dtype for p in net.parameters() for v in optimizer.state[p].values())
+        assert all(v.dtype == p.dtype for p in net.parameters() for v in kept(optimizer, p).values())
         return net
 
     exact, _ = trained(case, 20)
@@ -156,8 +157,8 @@ def test_memory(case: Case) -> None:
     gc.freeze()  # what exists already is not searched
     net, optimizer = trained(case, 2)
     for p in net.parameters():
-        assert optimizer.state[p].keys() == case.state
-        for t in optimizer.state[p].values():
+        assert kept(optimizer, p).keys() == case.state
+        for t in kept(optimizer, p).values():
             assert t.shape == p.shape
             assert not t.requires_grad
             assert t.numel() == 0 or t.data_ptr() != p.data_ptr()

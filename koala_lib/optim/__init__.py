@@ -1,4 +1,5 @@
+from koala_lib.optim.apollo import Apollo
 from koala_lib.optim.koala import KoalaM, KoalaV
 from koala_lib.optim.meka import Meka
 
-__all__ = ["KoalaM", "KoalaV", "Meka"]
+__all__ = ["Apollo", "KoalaM", "KoalaV", "Meka"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -43,6 +44,26 @@ def check_lr(lr: object) -> None:
     check_number("lr", lr)
 
 
+def check_real(optimizer: str, params: Sequence[Tensor]) -> None:
+    """Raise unless all parameters hold real floating-point numbers."""
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"{optimizer} needs real floating-point parameters, got {p.dtype} of shape {tuple(p.shape)}"
+                + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
+            )
+
+
+def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
+    """Raise if a gradient is sparse."""
+    for p in params:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{optimizer} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+                "use a dense gradient, e.g. Embedding(sparse=False)"
+            )
+
+
 def scalar_dtype(device: torch.device) -> torch.dtype:
     """The dtype of filter scalars: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -76,6 +97,26 @@ def _squared_norms_cpu(tensors: Sequence[Tensor], dtype: torch.dtype, row: int =
 def _squared_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return norms.double().square().sum()
+
+
+def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """x -= step h, with step a 0-dim tensor; half precision is computed in float32 and rounded once."""
+    for x, h, step in zip(tensors, directions, steps, strict=True):
+        if x.dtype in HALF:
+            x.sub_(h.float() * step)
+        else:
+            x.addcmul_(h, step, value=-1)
+
+
+def compile_or_warn(function: Callable[..., None], *probe: Any) -> Callable[..., None]:
+    """A function compiled, as a call with ``probe`` shows; itself, with a warning, where nothing can compile."""
+    compiled = torch.compile(function)
+    try:
+        compiled(*probe)
+    except Exception as error:
+        warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=3)
+        return function
+    return compiled
 
 
 class ScalarFilter(torch.optim.Optimizer):
@@ -134,13 +175,7 @@ class ScalarFilter(torch.optim.Optimizer):
                     f"so {name} is set once in the constructor (here {value!r}); a group may set "
                     + ", ".join(self.per_group)
                 )
-        for p in group["params"]:
-            if not p.is_floating_point():
-                raise TypeError(
-                    f"{type(self).__name__} needs real floating-point parameters, got {p.dtype} of shape "
-                    + str(tuple(p.shape))
-                    + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
-                )
+        check_real(type(self).__name__, group["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
@@ -314,22 +349,28 @@ class LossFilter(ScalarFilter):
         for group in self.param_groups:
             group["predicted"] = value
 
-    def _buckets(self, params: list[Tensor], small: int = 2**16, much: int = 2**18) -> Iterator[list[Tensor]]:
-        """Lists of parameters to treat at once, of one device, dtype and class.
-
-        A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
-        elements together, which saves calls, and large ones alone, which saves memory.
-        """
+    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         options = self.param_groups[0]
-        if options["foreach"] is False and not options["fused"]:
-            yield from ([p] for p in params)
-        elif options["fused"] or options["foreach"] or (params and params[0].device.type == "cuda"):
-            kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
-            for p in params:
-                kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
-            yield from kinds.values()
-        else:
-            yield from _runs(params, small, much)
+        return buckets(params, foreach=options["foreach"], fused=options["fused"])
+
+
+def buckets(
+    params: list[Tensor], *, foreach: bool | None, fused: bool | None, small: int = 2**16, much: int = 2**18
+) -> Iterator[list[Tensor]]:
+    """Lists of parameters to treat at once, of one device, dtype and class.
+
+    A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
+    elements together, which saves calls, and large ones alone, which saves memory.
+    """
+    if foreach is False and not fused:
+        yield from ([p] for p in params)
+    elif fused or foreach or (params and params[0].device.type == "cuda"):
+        kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
+        for p in params:
+            kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
+        yield from kinds.values()
+    else:
+        yield from _runs(params, small, much)
 
 
 def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]:

@@ -12,14 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
-from warnings import warn
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._base import HALF, Entries, LossFilter, check_choice, check_flag, check_number, squared_norms
+from koala_lib.optim._base import (
+    Entries,
+    LossFilter,
+    check_choice,
+    check_dense,
+    check_flag,
+    check_number,
+    compile_or_warn,
+    squared_norms,
+    subtract,
+)
 
 __all__ = ["KoalaM", "KoalaV"]
 
@@ -36,15 +45,6 @@ def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> 
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
 
-def _subtract(tensors: list[Tensor], directions: list[Tensor], steps: list[Tensor]) -> None:
-    """x -= step h, with step a 0-dim tensor; half precision is computed in float32 and rounded once."""
-    for x, h, step in zip(tensors, directions, steps, strict=True):
-        if x.dtype in HALF:
-            x.sub_(h.float() * step)
-        else:
-            x.addcmul_(h, step, value=-1)
-
-
 def _correct(
     params: list[Tensor],
     velocities: list[Tensor],
@@ -57,21 +57,16 @@ def _correct(
     """x -= step h and p -= velocity step h, where there was an observation."""
     # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
     directions = [torch.where(observed, h, 0.0) for h in _decayed(params, grads, weight_decay)]
-    _subtract(params, directions, steps)
+    subtract(params, directions, steps)
     if velocities:
-        _subtract(velocities, directions, velocity_steps)
+        subtract(velocities, directions, velocity_steps)
 
 
 @lru_cache(maxsize=1)
 def _compiled_correct() -> Callable[..., None]:
     """:func:`_correct` as one compiled pass; the plain one, with a warning, where nothing can compile."""
-    compiled = torch.compile(_correct)
-    try:
-        zero = torch.tensor(0.0)
-        compiled([torch.ones(2)], [], [torch.ones(2)], 0.0, torch.tensor(True), [zero], [])
-    except Exception as error:
-        warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=2)
-        return _correct
+    zero = torch.tensor(0.0)
+    compiled = compile_or_warn(_correct, [torch.ones(2)], [], [torch.ones(2)], 0.0, torch.tensor(True), [zero], [])
 
     def correct(params: list[Tensor], velocities: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
         # What torch 2.13 compiles for the CPU does not change a 0-dim float64 tensor in place.
@@ -228,12 +223,7 @@ class _Koala(LossFilter):
     def _observe_group(self, group: dict[str, Any]) -> _Blocks:
         """Norms of the group's gradients; nothing is changed."""
         params = [p for p in group["params"] if p.grad is not None]
-        for p in params:
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
-                    "use a dense gradient, e.g. Embedding(sparse=False)"
-                )
+        check_dense(type(self).__name__, params)
         weight_decay, entries = group["weight_decay"], self._filter()
         ordered: list[Tensor] = []
         raw: list[Tensor] = []

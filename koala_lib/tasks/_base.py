@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
 from koala_lib.optim import Meka
+from koala_lib.optimizers import SECOND_ORDER
 
 
 class Task(ABC):
     """One kind of training. A subclass takes its own options as keywords after ``device`` (``task_args``).
 
     Attributes:
+        config: the run.
         losses: names of the entries of what :meth:`step` returns.
         data: the data set; a result records its ``title``, ``tag`` and ``identity``.
         network: everything that is trained.
@@ -30,6 +32,7 @@ class Task(ABC):
 
     losses: ClassVar[tuple[str, ...]] = ("train_loss",)
 
+    config: RunConfig
     data: Any
     network: nn.Module
     parts: Mapping[str, nn.Module]
@@ -52,7 +55,12 @@ class Task(ABC):
         optimizer = optimizers["network"]
         if isinstance(optimizer, Meka):
             return optimizer.step(*batch).reshape(1)
-        return closure_step(optimizer, lambda: self.sample_losses(batch)).reshape(1)
+        return closure_step(optimizer, lambda: self.sample_losses(batch), create_graph=self.second_order).reshape(1)
+
+    @property
+    def second_order(self) -> bool:
+        """Whether the optimizer differentiates the gradients."""
+        return self.config.optimizer in SECOND_ORDER
 
     @abstractmethod
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -86,12 +94,13 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor]) -> Tensor:
+def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor], *, create_graph: bool = False) -> Tensor:
     """One step on per-sample losses, in the protocol that all optimizers understand.
 
     Args:
         optimizer: any optimizer.
         losses_of: computes the losses, shape ``(B,)``, at the weights as they are when it is called.
+        create_graph: keep the graph of the gradients, for an optimizer that differentiates them.
 
     Returns:
         The mean loss, a detached scalar.
@@ -100,7 +109,7 @@ def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor]) -> Tenso
     def closure() -> Tensor:
         optimizer.zero_grad()
         losses = losses_of()
-        losses.mean().backward()  # type: ignore[no-untyped-call]
+        losses.mean().backward(create_graph=create_graph)  # type: ignore[no-untyped-call]
         return losses
 
     # KOALA returns the mean loss, torch's optimizers what the closure returned.

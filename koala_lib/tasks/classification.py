@@ -59,7 +59,7 @@ class Classification(Task):
         if config.precision == "float32":
             self.loss_fn = partial(nn.functional.cross_entropy, reduction="none")
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._losses
-        if device.type == "cuda":
+        if device.type == "cuda" and not self.second_order:  # what is compiled has no second derivative
             self._forward = torch.compile(self._losses)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -26,6 +26,7 @@ from koala_lib import models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.traffic import Factory, Row, memory, now, step
+from koala_lib.train import RunConfig, _Run
 
 CONTENDERS: dict[str, Factory] = {
     "SGD momentum, foreach": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, foreach=True),
@@ -227,6 +228,19 @@ def training_step(
 
 
 # ---------------------------------------------------------------- the command
+
+
+def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
+    """A training epoch without its evaluation, as a job of :func:`interleave`; every call goes on with the next one."""
+    run = _Run(config, torch.device(device))
+
+    def job() -> None:
+        run.begin_epoch()
+        for batch in run.task.batches(run.epoch):
+            run.train_step(batch)
+        run.epoch, run.step = run.epoch + 1, 0
+
+    return job
 
 
 def file() -> Path:

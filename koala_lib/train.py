@@ -25,6 +25,7 @@ from torch.optim import swa_utils
 
 from koala_lib import paths, tasks
 from koala_lib.config import RunConfig
+from koala_lib.optim.svrg import Svrg
 from koala_lib.optimizers import OWN_FORWARD, create, lookahead
 
 __all__ = ["RunConfig", "RunResult", "train"]
@@ -108,7 +109,7 @@ def train(
         run.load(checkpoint)
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     while run.epoch < config.epochs and run.failed_step is None:
-        run.task.network.train()
+        run.begin_epoch()
         for batch in run.task.batches(run.epoch, run.step):
             run.train_step(batch)
             if on_step is not None:
@@ -153,6 +154,13 @@ class _Run:
     @property
     def steps_done(self) -> int:
         return self.epoch * self.task.steps_per_epoch + self.step
+
+    def begin_epoch(self) -> None:
+        """Also called in the middle of an epoch, by a run that goes on from a checkpoint."""
+        self.task.network.train()
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, Svrg) and self.step == 0:
+                optimizer.take_snapshot(self.task.batches(self.epoch))
 
     def train_step(self, batch: Any) -> None:
         losses = self.task.step(batch, self.optimizers)

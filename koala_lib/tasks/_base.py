@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
 from koala_lib.optim import Meka
+from koala_lib.optim.svrg import Svrg
 from koala_lib.optimizers import SECOND_ORDER
 
 
@@ -53,7 +54,7 @@ class Task(ABC):
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
         """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
         optimizer = optimizers["network"]
-        if isinstance(optimizer, Meka):
+        if isinstance(optimizer, Meka | Svrg):
             return optimizer.step(*batch).reshape(1)
         return closure_step(optimizer, lambda: self.sample_losses(batch), create_graph=self.second_order).reshape(1)
 

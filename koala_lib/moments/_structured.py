@@ -140,11 +140,16 @@ def _mean(
 ) -> tuple[dict[str, Tensor], Tensor | float]:
     """Means in the memory layout of the parameters, and sum_i |G_i - G|^2 = sum_i |G_i|^2 - B |G|^2 of all."""
     means: dict[str, Tensor] = {}
-    scatter: Tensor | float = 0.0
+    squares: list[Tensor] = []
+    lengths: list[Tensor] = []
     for name, p in parameters.items():
-        total, squares = sums.get(name, (None, None))
-        means[name] = torch.zeros_like(p, requires_grad=False)
-        if total is not None and squares is not None:
-            torch.div(total, samples, out=means[name])
-            scatter = scatter + (squares - samples * square_sum(means[name])).clamp_min(0.0)
-    return means, scatter
+        total, square = sums.get(name, (None, None))
+        if total is None or square is None:
+            means[name] = torch.zeros_like(p, requires_grad=False)
+        else:
+            means[name] = torch.div(total, samples, out=torch.empty_like(p, requires_grad=False))
+            squares.append(square)
+            lengths.append(square_sum(means[name]))
+    if not squares:
+        return means, 0.0
+    return means, (torch.stack(squares) - samples * torch.stack(lengths)).clamp_min(0.0).sum()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala_lib import bench, runs
+from koala_lib import bench, runs, timing
 from koala_lib.optim import KoalaM
-from koala_lib.traffic import Factory, Traffic, memory, now, step, traffic
+from koala_lib.timing import interleave, now
+from koala_lib.traffic import Factory, Traffic, memory, step, traffic
 
 # ---------------------------------------------------------------- time
 
@@ -36,8 +37,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ours = Clock()
-    monkeypatch.setattr(bench, "now", lambda device: ours.now)
-    monkeypatch.setattr(bench, "time", ours)  # of which only the monotonic clock is used
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "now", lambda device: ours.now)
+    monkeypatch.setattr(timing, "time", ours)  # of which only the monotonic clock is used
     return ours
 
 
@@ -66,11 +68,11 @@ def test_jobs_take_turns_and_the_first_round_does_not_count(clock: Clock) -> Non
 
         return run
 
-    times = bench.interleave({"a": job("a", 1.0), "b": job("b", 2.0)}, 3)
+    times = interleave({"a": job("a", 1.0), "b": job("b", 2.0)}, 3)
     assert calls == ["a", "b"] * 4
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
     calls.clear()
-    assert len(bench.interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
+    assert len(interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
 
 
 @pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])

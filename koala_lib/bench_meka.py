@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Modu
     return network, images, torch.randint(10, (batch_size,), device=device)
 
 
-def _moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
-    """What is compared, by the names of ``METHODS``."""
+def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Any]]:
+    """What :func:`moments` compares, by the names of ``METHODS``, on one direction."""
     direction = {name: 1e-3 * torch.randn_like(p) for name, p in network.named_parameters()}
     params = list(network.parameters())
 
@@ -91,7 +91,7 @@ def moments(
     """
     torch.manual_seed(0)
     model, images, labels = problem(network, batch_size, device=device)
-    jobs = _moment_jobs(model, images, labels)
+    jobs = moment_jobs(model, images, labels)
     peaks = {name: peak(job) for name, job in jobs.items()}
     times = interleave(jobs, rounds, device=device, seconds=seconds)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -136,7 +136,7 @@ def steps(
         jobs = {}
         for name, create in STEPPERS.items():
             model = problem(network, 1, device=device)[0]
-            jobs[name] = _step(model, create(model), images, labels)
+            jobs[name] = step(model, create(model), images, labels)
         times = interleave(jobs, rounds, device=device, seconds=seconds)
         shared = {"network": network, "batch_size": batch_size, "repetition": repetition}
         rows += [
@@ -147,16 +147,17 @@ def steps(
     return rows
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Callable[[], object]:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    """A job that trains a network by one step."""
     if isinstance(optimizer, Meka):
         return lambda: optimizer.step(images, labels)
 
-    def step() -> None:
+    def update() -> None:
         optimizer.zero_grad()
         cross_entropy(model(images), labels).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return step
+    return update
 
 
 def arms(rows: Iterable[Row], network: str) -> dict[str, dict[int, float]]:

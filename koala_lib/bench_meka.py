@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from koala_lib import models
 from koala_lib.moments import sample_moments
@@ -110,6 +111,15 @@ def peak(job: Callable[[], object]) -> int:
     with Traffic() as seen:
         job()
     return int(seen.peak)
+
+
+def flops(job: Callable[[], object]) -> int:
+    """Floating-point operations of a job's matrix products and convolutions."""
+    in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: baddbmm_flop(*shapes)}  # which torch leaves out
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter:
+        job()
+    return int(counter.get_total_flops())
 
 
 def steps(

@@ -294,6 +294,18 @@ def test_the_peak_of_the_moments_is_that_of_the_allocator(method: str) -> None:
     assert bench_meka.peak(job) == pytest.approx(allocated(job)[0], rel=0.05)
 
 
+def test_flops_are_those_of_the_products() -> None:
+    a, b, c = torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 3, 5)
+    assert bench_meka.flops(lambda: (a @ b, c.baddbmm_(a, b), a + 1)) == 2 * 2 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize(("network", "ratio"), [("mlp_100", 2.5), ("cnn_3c3d", 3.0), ("resnet32_gn", 3.0)])
+def test_structured_moments_need_about_three_times_the_arithmetic_of_a_gradient(network: str, ratio: float) -> None:
+    jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 2))
+    work = {method: bench_meka.flops(jobs[method]) for method in ("plain gradient", "structured")}
+    assert work["structured"] / work["plain gradient"] == pytest.approx(ratio, abs=0.1)
+
+
 def test_whole_steps_by_repetition(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"sgd": 2.0, "fixed": 3.0, "pi": 8.0}
     arms = {n: lambda m, s=s: Slow(list(m.parameters()), clock, lambda _: s) for n, s in seconds.items()}

@@ -257,7 +257,8 @@ def test_what_is_compared_with_the_moments_is_the_same_quantity(network: str) ->
 
 
 def test_moments_are_compared_in_the_same_round(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = iter([9.0, 9.0, 1.0, 10.0, 2.0])  # counting memory, a first round, then a machine that changes its speed
+    # A machine that changes its speed: counting memory, then each round a gradient that does not count and all methods.
+    speeds = iter([9.0, 9.0, 9.0, 5.0, 1.0, 5.0, 10.0, 5.0, 2.0])
     now = [0.0]
 
     def jobs(*_: object) -> dict[str, Callable[[], object]]:

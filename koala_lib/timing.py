@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,12 @@ def now(device: str = "cpu") -> float:
 
 
 def interleave(
-    jobs: Mapping[str, Callable[[], object]], rounds: int, *, device: str = "cpu", seconds: float = 0.0
+    jobs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    device: str = "cpu",
+    seconds: float = 0.0,
+    least: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of every job in each round; the jobs take turns, and a first round that makes states is left out.
 
@@ -32,17 +38,29 @@ def interleave(
         rounds: How many rounds.
         device: torch device; its queue is waited for.
         seconds: Go on with more rounds until this time is over.
+        least: A turn of a job lasts so many seconds at least, and the mean of its calls counts: what the job before
+            left in the caches and the allocator matters less.
     """
     times: dict[str, list[float]] = {name: [] for name in jobs}
+    calls = {name: math.ceil(least / _second(job, device)) if least else 1 for name, job in jobs.items()}
     end = time.monotonic() + seconds
     done = -1
     while done < rounds or time.monotonic() < end:
         for name, job in jobs.items():
             start = now(device)
-            job()
-            times[name].append(now(device) - start)
+            for _ in range(calls[name]):
+                job()
+            times[name].append((now(device) - start) / calls[name])
         done += 1
     return {name: t[1:] for name, t in times.items()}
+
+
+def _second(job: Callable[[], object], device: str) -> float:
+    """Seconds of the second call of a job."""
+    job()
+    start = now(device)
+    job()
+    return now(device) - start
 
 
 def spread(name: str, values: Iterable[float]) -> Row:

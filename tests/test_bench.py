@@ -75,6 +75,21 @@ def test_jobs_take_turns_and_the_first_round_does_not_count(clock: Clock) -> Non
     assert len(interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
 
 
+def test_a_quick_job_is_called_more_often_in_its_turn(clock: Clock) -> None:
+    calls: list[str] = []
+
+    def job(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            clock.take(100.0 if calls.count(name) == 1 else seconds)
+
+        return run
+
+    times = interleave({"a": job("a", 1.0), "b": job("b", 7.0)}, 2, least=2.5)
+    assert "".join(calls) == "aabb" + "aaab" * 3
+    assert times == {"a": [1.0] * 2, "b": [7.0] * 2}
+
+
 @pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])
 def test_waiting_takes_no_time_of_a_single_thread(threads: int, counts: bool) -> None:
     before = torch.get_num_threads()
@@ -257,8 +272,8 @@ def test_what_is_compared_with_the_moments_is_the_same_quantity(network: str) ->
 
 
 def test_moments_are_compared_in_the_same_round(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A machine that changes its speed: counting memory, then each round a gradient that does not count and all methods.
-    speeds = iter([9.0, 9.0, 9.0, 5.0, 1.0, 5.0, 10.0, 5.0, 2.0])
+    # A machine that changes its speed: counting memory, a first and a second call, a first round, and three that count.
+    speeds = iter([9.0, 9.0, 9.0, 9.0, 1.0, 10.0, 2.0])
     now = [0.0]
 
     def jobs(*_: object) -> dict[str, Callable[[], object]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
@@ -36,7 +37,7 @@ def parallel_lines(contents: Contents) -> list[Part]:
 
     Training pairs with an empty side, which WMT's corpora have, are left out.
     """
-    parts = []
+    parts: list[Part] = []
     for (source_name, source_raw), (target_name, target_raw) in zip(contents, contents, strict=True):
         source, target = _lines(source_name, source_raw), _lines(target_name, target_raw)
         if len(source) != len(target):
@@ -69,7 +70,7 @@ def number_words(contents: Contents) -> list[Part]:
     order = sorted(range(NUMBERS), key=lambda n: hashlib.sha256(str(n).encode()).digest())
     cuts = [0, NUMBERS_TRAIN, NUMBERS_TRAIN + NUMBERS_TEST, NUMBERS_TRAIN + 2 * NUMBERS_TEST]
     german, english = (tuple(num2words(n, lang=lang) for n in order[: cuts[-1]]) for lang in ("de", "en"))
-    return [(german[a:b], english[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(german[a:b], english[a:b]) for a, b in pairwise(cuts)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,17 +189,29 @@ def tokenized(tokenizer: Tokenizer, lines: Sequence[str]) -> Sentences:
 # SHA-256 of the content is that of files with this MD5. WMT14 has no canonical plain-text form, so its checksums, like
 # those of num2words' sources, are taken of what is there, and are part of the key of a run.
 _MULTI30K = {
-    "train.en": ("460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6", "0065d13af80720a55ca8153d126e6627"),
-    "train.de": ("2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72", "81ff90b99829c0cd4b1b587d394afd39"),
-    "val.en": ("1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227", "2b69aa9253948ac9f67e94917272dd40"),
-    "val.de": ("660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660", "6e0e229eb049e3fc99a1ef02fb2d5f91"),
+    "train.en": (
+        "0065d13af80720a55ca8153d126e6627",
+        "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
+    ),
+    "train.de": (
+        "81ff90b99829c0cd4b1b587d394afd39",
+        "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
+    ),
+    "val.en": (
+        "2b69aa9253948ac9f67e94917272dd40",
+        "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
+    ),
+    "val.de": (
+        "6e0e229eb049e3fc99a1ef02fb2d5f91",
+        "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
+    ),
     "test_2016_flickr.en": (
-        "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
         "ff2c0fcb4893a13bd73414306bc250ae",
+        "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
     ),
     "test_2016_flickr.de": (
-        "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
         "efd67d314d98489b716b145475101932",
+        "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
     ),
 }
 _ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -216,7 +229,7 @@ PAIRS: Final[dict[str, Pairs]] = {
         vocabulary=4000,
         files=tuple(
             File(name, f"sha256:{content}", url=f"{_ADDRESS}{name}.gz", download=f"md5:{compressed}")
-            for name, (content, compressed) in _MULTI30K.items()
+            for name, (compressed, content) in _MULTI30K.items()
         ),
     ),
     "wmt14-en-de": Pairs(

@@ -226,7 +226,7 @@ PAIRS: Final[dict[str, Pairs]] = {
     ),
     "multi30k": Pairs(
         title="Multi30k, English to German",
-        vocabulary=4000,
+        vocabulary=2000,
         files=tuple(
             File(name, f"sha256:{content}", url=f"{_ADDRESS}{name}.gz", download=f"md5:{compressed}")
             for name, (compressed, content) in _MULTI30K.items()

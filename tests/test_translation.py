@@ -280,6 +280,18 @@ def test_a_beam_finds_what_greedy_search_misses() -> None:
     assert beam_search(log_probs, [5], beam=2) == [[3]]
 
 
+def test_the_length_penalty_is_exact() -> None:
+    first = torch.tensor([0, 0.4, 0.35, 0.25]).double().log()  # the end at once, or a word that comes twice
+
+    def log_probs(tokens: Tensor, of: Tensor) -> Tensor:
+        again = nn.functional.one_hot(tokens[:, -1] if tokens.shape[1] == 2 else torch.full_like(of, EOS), VOCABULARY)
+        return first.expand(len(of), -1) if tokens.shape[1] == 1 else again.double().log()
+
+    balance = math.log(math.log(0.35) / math.log(0.4)) / math.log(8 / 6)  # between lengths of 1 and 3
+    assert beam_search(log_probs, [9], beam=2, length_penalty=balance - 1e-6) == [[]]
+    assert beam_search(log_probs, [9], beam=2, length_penalty=balance + 1e-6) == [[2, 2]]
+
+
 @pytest.mark.parametrize("beam", [2, 3])
 def test_sources_do_not_see_each_other(beam: int) -> None:
     together = beam_search(table(7), [5, 3, 8, 4], beam=beam)

@@ -481,6 +481,18 @@ def test_a_perfect_translation_has_bleu_100(monkeypatch: pytest.MonkeyPatch) -> 
     assert task.evaluate(task.network)["bleu"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_diverged_run_is_a_failed_one(beam: int) -> None:
+    broken = {"optimizer": "sgd", "optimizer_args": {"lr": 1e30}}
+    result = train.train(with_options(beam=beam).but(**broken))
+    assert (result.status, result.epochs) == ("failed", ())
+    task = task_of(with_options(beam=beam))
+    with torch.no_grad():
+        task.network.embedding.weight.fill_(math.nan)
+    assert math.isnan(task.evaluate(task.network)["test_loss"])
+    assert task.translate(task.network, task.data.test[0].first(3)) == ["", "", ""]
+
+
 def test_beam_search_of_a_network_sees_whole_sentences() -> None:
     task = trained_task()
     task.beam = 3

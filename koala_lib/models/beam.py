@@ -43,7 +43,8 @@ def beam_search(
     Returns
     -------
     list
-        Token numbers for each source, without ``EOS``.
+        Token numbers for each source, without ``EOS``; none where no sentence has a probability, as with weights that
+        are not finite.
     """
     ended: list[list[tuple[float, list[int]]]] = [[] for _ in limits]
     limit = torch.tensor(limits, device=device)
@@ -71,4 +72,4 @@ def beam_search(
         enough = torch.tensor([len(ended[i]) >= beam for i in source.tolist()], device=device)
         rest = ~(enough | (limit[source] == length))
         source, tokens, scores = source[rest], tokens[rest], scores[rest]
-    return [max(hypotheses)[1] for hypotheses in ended]
+    return [max(hypotheses, default=(0.0, []))[1] for hypotheses in ended]

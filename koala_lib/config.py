@@ -13,6 +13,7 @@ import torch
 from koala_lib import data, models
 from koala_lib.models.dcgan import GANS
 from koala_lib.models.language import LANGUAGE_MODELS
+from koala_lib.models.translation import TRANSLATION_MODELS
 from koala_lib.optimizers import OPTIMIZERS, OWN_FORWARD
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
@@ -26,6 +27,7 @@ KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
     "classification": (data.DATASETS, models.MODELS),
     "gan": (data.DATASETS, GANS),
     "language_model": (data.TEXTS, LANGUAGE_MODELS),
+    "translation": (data.PAIRS, TRANSLATION_MODELS),
 }
 
 Arguments = Mapping[str, Any] | tuple[tuple[str, Any], ...]  # keywords as given, and as kept
@@ -52,7 +54,7 @@ class RunConfig:
             al., UAI 2018), with BatchNorm statistics taken anew on the training data.
         wrapper_args: its options.
         epochs: passes over the training data.
-        batch_size: samples per step; the last incomplete batch of an epoch is dropped.
+        batch_size: samples per step; the last incomplete batch of an epoch is dropped, but not of translations.
         milestones: epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``.
         gamma: that factor.
         seed: seed of the initial weights, the order of the samples and the augmentation.

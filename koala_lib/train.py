@@ -240,6 +240,7 @@ class _Run:
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "weights_sha256": digest.hexdigest()[:16],
             "seconds": float(f"{self.seconds:.4g}"),
+            **self.task.provenance(),
         }
         status = "done" if self.failed_step is None else "failed"
         pictures = self.task.pictures() if status == "done" else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from koala_lib.data.formats import Parser, parse_cifar, parse_csv, parse_csv_then_idx, parse_idx, parse_npz
 
@@ -79,6 +79,7 @@ class Dataset:
     archive: File | None = None
     folders: tuple[str, ...] = ()
     source: str = ""
+    loader: ClassVar[str] = "holds images; load it with load"
 
 
 def _archive(name: str, md5: str) -> File:

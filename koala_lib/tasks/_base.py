@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +29,7 @@ class Task(ABC):
         network: everything that is trained.
         parts: the modules that get an optimizer of their own each; of one network, ``"network"``.
         steps_per_epoch: number of batches of an epoch.
+        clip_norm: the gradient is shortened to this norm where it is longer, before the optimizer sees it; 0: never.
         loss_fn: losses of the samples, shape ``(B,)``, of the network's outputs and of targets, if a batch is a pair of
             inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
@@ -38,6 +41,7 @@ class Task(ABC):
     network: nn.Module
     parts: Mapping[str, nn.Module]
     steps_per_epoch: int
+    clip_norm: float = 0.0
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @abstractmethod
@@ -56,7 +60,8 @@ class Task(ABC):
         optimizer = optimizers["network"]
         if isinstance(optimizer, Meka | Svrg):
             return optimizer.step(*batch).reshape(1)
-        return closure_step(optimizer, lambda: self.sample_losses(batch), create_graph=self.second_order).reshape(1)
+        losses_of = partial(self.sample_losses, batch)
+        return closure_step(optimizer, losses_of, clip_norm=self.clip_norm, create_graph=self.second_order).reshape(1)
 
     @property
     def second_order(self) -> bool:
@@ -78,6 +83,10 @@ class Task(ABC):
         """Small pictures of the trained network, base64 PNG by name."""
         return {}
 
+    def provenance(self) -> dict[str, Any]:
+        """What the provenance of a result should hold beside what it has for every task."""
+        return {}
+
 
 def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
     """The ``task_args`` of a configuration, refused where the task does not have them."""
@@ -95,12 +104,21 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor], *, create_graph: bool = False) -> Tensor:
+def check_clip_norm(clip_norm: float) -> None:
+    """Refuse what is no finite number >= 0."""
+    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
+        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
+
+
+def closure_step(
+    optimizer: Optimizer, losses_of: Callable[[], Tensor], *, clip_norm: float = 0.0, create_graph: bool = False
+) -> Tensor:
     """One step on per-sample losses, in the protocol that all optimizers understand.
 
     Args:
         optimizer: any optimizer.
         losses_of: computes the losses, shape ``(B,)``, at the weights as they are when it is called.
+        clip_norm: as in :class:`Task`.
         create_graph: keep the graph of the gradients, for an optimizer that differentiates them.
 
     Returns:
@@ -111,6 +129,8 @@ def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor], *, creat
         optimizer.zero_grad()
         losses = losses_of()
         losses.mean().backward(create_graph=create_graph)  # type: ignore[no-untyped-call]
+        if clip_norm:
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
         return losses
 
     # KOALA returns the mean loss, torch's optimizers what the closure returned.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from koala_lib import data
 from koala_lib.config import RunConfig
 from koala_lib.models.language import LANGUAGE_MODELS, State
-from koala_lib.tasks._base import Task, autocast
+from koala_lib.tasks._base import Task, autocast, check_clip_norm
 
 COLUMNS = 16  # of validation and test text, read side by side
 
@@ -53,7 +52,8 @@ class LanguageModel(Task):
     def __init__(
         self, config: RunConfig, device: torch.device, *, sequence_length: int = 35, clip_norm: float = 0.0
     ) -> None:
-        _check(config, sequence_length, clip_norm)
+        _check(config, sequence_length)
+        check_clip_norm(clip_norm)
         self.config, self.device = config, device
         self.sequence_length, self.clip_norm = sequence_length, clip_norm
         self.data = data.load_text(config.dataset, device=device, train_size=config.train_size)
@@ -85,21 +85,6 @@ class LanguageModel(Task):
         nats, self.state = self._nats(self.network, batch, self.state)
         return nats.mean(1)
 
-    def step(self, batch: Window, optimizers: Mapping[str, Optimizer]) -> Tensor:
-        optimizer = optimizers["network"]
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            losses = self.sample_losses(batch)
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-            if self.clip_norm:
-                nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
-            return losses
-
-        returned: Any = optimizer.step(closure)  # type: ignore[arg-type]
-        loss: Tensor = returned.detach().mean()
-        return loss.reshape(1)
-
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         validation, test = (self._mean_nats(network, text) for text in (self.data.validation, self.data.test))
@@ -128,11 +113,9 @@ class LanguageModel(Task):
         self.state = tuple(state.values())
 
 
-def _check(config: RunConfig, sequence_length: int, clip_norm: float) -> None:
+def _check(config: RunConfig, sequence_length: int) -> None:
     if type(sequence_length) is not int or sequence_length < 1:
         raise ValueError(f"sequence_length must be a whole number >= 1, got {sequence_length!r}")
-    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
-        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
     if config.augment:
         raise ValueError("augment=True: there are no crops of a text")
 

@@ -6,11 +6,13 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
@@ -127,7 +129,9 @@ def closure_step(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        losses = losses_of()
+        # The fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
+            losses = losses_of()
         losses.mean().backward(create_graph=create_graph)  # type: ignore[no-untyped-call]
         if clip_norm:
             nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lib.optim import KoalaM, KoalaV, Meka
+from koala_lib.optim.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
@@ -60,7 +61,12 @@ OPTIMIZERS: dict[str, Factory] = {
 }
 
 # These run forward and backward themselves, since they need every sample's gradient.
-OWN_FORWARD: dict[str, Factory] = {"meka": Meka, "adameka": partial(Meka, direction="adam")}
+OWN_FORWARD: dict[str, Factory] = {
+    "meka": Meka,
+    "adameka": partial(Meka, direction="adam"),
+    "meka_previous_hessian": MekaPreviousHessian,
+    "meka_without_model_error": MekaWithoutModelError,
+}
 
 
 def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options: Any) -> Optimizer:

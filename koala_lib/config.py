@@ -20,7 +20,7 @@ from koala_lib.optimizers import OPTIMIZERS, OWN_FORWARD
 VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1, "apollo": 1}
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WRAPPERS = ("", "lookahead", "swa")
+WRAPPERS = ("", "lookahead", "swa", "switch")
 
 # The data sets and networks of each task.
 KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
@@ -51,7 +51,8 @@ class RunConfig:
         optimizer_args: its arguments.
         wrapper: ``"lookahead"`` (see :func:`koala_lib.optimizers.lookahead`), or ``"swa"``: the metrics are those of
             the mean of the weights at the end of epochs ``start``, ``start + every``, …, once there is one (Izmailov et
-            al., UAI 2018), with BatchNorm statistics taken anew on the training data.
+            al., UAI 2018), with BatchNorm statistics taken anew on the training data. Or ``"switch"``: from the start
+            of epoch ``epoch`` (counted from 0) on, the optimizer has the other options given, and keeps its state.
         wrapper_args: its options.
         epochs: passes over the training data.
         batch_size: samples per step; the last incomplete batch of an epoch is dropped, but not of translations.

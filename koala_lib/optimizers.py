@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+from koala_lib.optim.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lib.optim.svrg import Svrg
 
 Factory = Callable[..., Optimizer]
@@ -92,7 +93,13 @@ OPTIMIZERS: dict[str, Factory] = {
 SECOND_ORDER = frozenset({"adahessian"})
 
 # These run forward and backward themselves, since they need more than the gradient of a minibatch.
-OWN_FORWARD: dict[str, Factory] = {"meka": Meka, "adameka": partial(Meka, direction="adam"), "svrg": Svrg}
+OWN_FORWARD: dict[str, Factory] = {
+    "meka": Meka,
+    "adameka": partial(Meka, direction="adam"),
+    "meka_previous_hessian": MekaPreviousHessian,
+    "meka_without_model_error": MekaWithoutModelError,
+    "svrg": Svrg,
+}
 
 
 def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options: Any) -> Optimizer:

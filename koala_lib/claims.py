@@ -188,10 +188,13 @@ def _judge_seeds(claim: Claim, preset: str, arms: dict[str, dict[int, float]]) -
     for label, difference in pairs.items():
         mean, low, high = interval(difference.tolist(), confidence)
         _, *sure = interval(difference.tolist(), 1 - (1 - confidence) / len(pairs))
-        status = _place(test, margin, (low - target, high - target), (sure[0] - target, sure[1] - target))
+        narrow, wide = (low - target, high - target), (sure[0] - target, sure[1] - target)
+        status = _place(test, margin, narrow, wide)
+        held = f"; of {len(pairs)} comparisons, contradicted only if [{sure[0]:+.4g}, {sure[1]:+.4g}] is outside too"
+        why = held if status != _place(test, margin, narrow, narrow) else ""
         slack = low if test in ("better", "no_worse") else -max(abs(low - target), abs(high - target))
-        ranked.append((-STATUSES.index(status), slack, status, label, (mean, low, high)))
-    *_, status, label, numbers = min(ranked)  # the comparison that decides
+        ranked.append((-STATUSES.index(status), slack, status, label, (mean, low, high), why))
+    *_, status, label, numbers, why = min(ranked)  # the comparison that decides
     mean_text, low_text, high_text = (_number(v, claim, "" if test == "value" else "+") for v in numbers)
     rule = {
         "value": f"within {margin:g} of {target:g}",
@@ -200,7 +203,7 @@ def _judge_seeds(claim: Claim, preset: str, arms: dict[str, dict[int, float]]) -
         "on_par": f"gain within ±{margin:g}",
         "insensitive": f"all differences within ±{margin:g}",
     }[test]
-    return status, f"{mean_text} [{low_text}, {high_text}]{label}", n, f"{rule} ({confidence:.0%} interval)"
+    return status, f"{mean_text} [{low_text}, {high_text}]{label}", n, f"{rule} ({confidence:.0%} interval){why}"
 
 
 def _pairs(claim: Claim, arms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

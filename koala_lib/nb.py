@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,15 @@ def title_of(path: Path) -> str:
 
     first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
     return str(first.source).splitlines()[0].lstrip("# ")
+
+
+def paper_item(path: Path) -> str:
+    """What of its paper a notebook is about, as the line "Paper item." of its first cell says; empty without one."""
+    import nbformat
+
+    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
+    found = re.search(r"^\*\*Paper item\.\*\* (.*)", str(first.source), re.MULTILINE)
+    return re.split(r",? of [A-Z]\w+(?: et al\.)?, ", found.group(1))[0] if found else ""
 
 
 def tagged_source(path: Path, tag: str) -> str | None:

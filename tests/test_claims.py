@@ -429,6 +429,21 @@ def test_insensitive_judges_all_pairs() -> None:
     assert "+0.800 [" in verdict.measured
 
 
+def test_several_comparisons_need_a_wider_interval_for_a_contradiction_and_show_it() -> None:
+    gap = np.array([0.3, 0.5, 0.9, 1.1, 1.2])
+    arms = {"a": seeds(*(10 + gap)), "b": seeds(10, 10, 10, 10, 10.01), "c": seeds(10, 10, 10, 10, 10.02)}
+    verdict = judge(claim("insensitive", 0.4), preset="quick", arms=arms)
+    _, low, _ = claims.interval((gap - [0, 0, 0, 0, 0.01]).tolist(), 0.9)
+    assert low > 0.4  # outside by itself
+    wide = claims.interval((gap - [0, 0, 0, 0, 0.01]).tolist(), 1 - 0.1 / 3)[1:]
+    assert wide[0] < 0.4
+    assert verdict.status == "inconclusive"
+    assert f"of 3 comparisons, contradicted only if [{wide[0]:+.4g}, {wide[1]:+.4g}] is outside too" in verdict.detail
+    alone = judge(claim("on_par", 0.4), preset="quick", arms={k: arms[k] for k in "ab"})
+    assert alone.status == "contradicted"
+    assert "comparisons" not in alone.detail
+
+
 # ---- what cannot be judged
 
 

@@ -540,6 +540,16 @@ BAD: dict[str, Bad] = {
         ValueError,
         "at least 2 of them, got a batch of 1",
     ),
+    "closure": (
+        lambda: Meka(NET, squared).step(lambda: torch.zeros(())),  # type: ignore[arg-type]
+        TypeError,
+        r"Meka runs forward and backward itself: call step\(inputs, targets\)",
+    ),
+    "dictionary": (
+        lambda: Meka(NET, squared).step({"x": batch(0)[0]}, batch(0)[1]),  # type: ignore[arg-type]
+        TypeError,
+        "inputs must be a tensor with a leading dimension of samples, got dict",
+    ),
     "scalar loss": (
         lambda: Meka(NET, lambda o, t: squared(o, t).mean()).step(*batch(0)),
         ValueError,

@@ -507,6 +507,13 @@ def test_batch_norm_is_refused(layer: nn.Module, method: str) -> None:
         sample_moments(model, cubic, torch.randn(3, 2, 4, 4), torch.randn(3), method=method)
 
 
+@pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
+def test_recurrent_layers_are_refused(method: str) -> None:
+    model = Apply(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(2, 3, batch_first=True))
+    with pytest.raises(ValueError, match=r"'lstm' \(LSTM\) has no forward-mode derivative.*recurrent layers"):
+        sample_moments(model, cubic, torch.randn(3, 4, 2), torch.randn(3), method=method)
+
+
 def test_functional_batch_norm_is_refused() -> None:
     model = Apply(lambda m, x: functional.batch_norm(m.a(x), None, None, training=True), a=nn.Linear(3, 4))
     with pytest.raises(ValueError, match="mixes the samples"):

@@ -75,7 +75,10 @@ def sample_moments(
     Raises
     ------
     ValueError
-        For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does not fit.
+        For fewer than two samples, a network with BatchNorm or torch's recurrent layers, a loss of another shape, a
+        direction that does not fit.
+    TypeError
+        For inputs or targets that are no tensors.
 
     Notes
     -----
@@ -147,6 +150,11 @@ def _spreads(
 def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{what} must be one tensor with a leading dimension of samples, got {type(value).__name__}"
+            )
     if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
         shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
         raise ValueError(f"inputs and targets must have one leading dimension of samples in common, got {shapes}")
@@ -155,6 +163,11 @@ def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> No
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(BATCH_NORM.format(f"{name!r} ({type(module).__name__})"))
+        if isinstance(module, nn.RNNBase):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) has no forward-mode derivative in torch, which Hessian-vector "
+                "products of single samples need; use a network without torch's recurrent layers"
+            )
 
 
 def _check_direction(trainable: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:

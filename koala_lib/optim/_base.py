@@ -293,7 +293,8 @@ class LossFilter(ScalarFilter):
             distributed checkpoints create the state; nothing moves then.
 
         Raises:
-            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.
+            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse. After a ``predict()``
+                the weights stay at the prediction then, as where the closure raises; the next ``step`` goes on there.
         """
         if closure is not None:
             if loss is not None:

@@ -79,8 +79,8 @@ class Meka(ScalarFilter):
         direction: ``"gradient"`` or ``"adam"``.
         smoothing: coefficient of the averages of sigma, r and alpha (0.999 in the paper); 0 switches them off. They
             are corrected for their start, as Adam's are.
-        max_step_size: alpha where a rule has no finite optimum (``"quadratic"`` with b <= 0, say). Others are not
-            capped.
+        max_step_size: alpha where a rule has no finite optimum (``"quadratic"`` with b <= 0, say). It bounds no other:
+            finite optima are used as they are.
         moments: how per-sample moments are computed: ``"auto"``, ``"vmap"`` or ``"structured"``.
         prior_variance: p and s before the first step, where m = u = 0.
         curvature_smoothing: coefficient of an average of b / |delta|^2, with which a rule then computes alpha* instead
@@ -183,7 +183,7 @@ class Meka(ScalarFilter):
     # -- a step --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def step(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """One step on a minibatch of B >= 2 samples, which are the leading dimension of both arguments.
 
         Returns:
@@ -191,7 +191,10 @@ class Meka(ScalarFilter):
 
         Raises:
             ValueError: if there are fewer than two samples, or ``loss_fn`` does not return one loss for each.
+            TypeError: if either is no tensor, as in ``step(closure)``.
         """
+        if targets is None:
+            raise TypeError(f"{type(self).__name__} runs forward and backward itself: call step(inputs, targets)")
         named = self._named_parameters()
         means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
         observed = self._observe(inputs, targets, named, moves)

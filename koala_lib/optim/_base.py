@@ -293,8 +293,10 @@ class LossFilter(ScalarFilter):
             distributed checkpoints create the state; nothing moves then.
 
         Raises:
-            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse. After a ``predict()``
-                the weights stay at the prediction then, as where the closure raises; the next ``step`` goes on there.
+            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.
+
+        Where that or the closure raises after a ``predict()``, the weights stay at the prediction; the next step goes
+        on from there.
         """
         if closure is not None:
             if loss is not None:

@@ -18,22 +18,20 @@ whose tangent is the product rule once more.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from koala_lib.moments._products import both, dual, pair
 
-if TYPE_CHECKING:
-    from koala_lib.moments._layers import GroupNorm
-
 
 class GroupNormFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, layer)``; ``layer`` takes the statistics and gives the sums of the output gradient."""
+    """``apply(x, weight, bias, layer)``; ``layer``, a ``GroupNorm`` of :mod:`koala_lib.moments._layers`, takes
+    the statistics and gives the sums of the output gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: GroupNorm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: Any) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.layer = layer
@@ -48,7 +46,7 @@ class GroupNormFunction(torch.autograd.Function):
     @torch.no_grad()
     def jvp(ctx: Any, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | None, _: None) -> Tensor:
         # Tangents by hand: torch switches its forward mode off in here.
-        layer: GroupNorm = ctx.layer
+        layer = ctx.layer
         x, weight = pair(layer.input)[0], None if layer.weight is None else pair(layer.weight)[0]
         mean, rstd = layer.statistics
         mean1, rstd1 = torch.zeros_like(mean), torch.zeros_like(rstd)
@@ -69,7 +67,7 @@ class GroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        layer: GroupNorm = ctx.layer
+        layer = ctx.layer
         x, weight = ctx.saved_tensors
         total, dot = layer.grad_sums
         if weight is not None:

@@ -548,7 +548,7 @@ BAD: dict[str, Bad] = {
     "dictionary": (
         lambda: Meka(NET, squared).step({"x": batch(0)[0]}, batch(0)[1]),  # type: ignore[arg-type]
         TypeError,
-        "inputs must be a tensor with a leading dimension of samples, got dict",
+        "inputs must be one tensor with a leading dimension of samples, got dict",
     ),
     "scalar loss": (
         lambda: Meka(NET, lambda o, t: squared(o, t).mean()).step(*batch(0)),

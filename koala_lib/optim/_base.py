@@ -119,7 +119,34 @@ def compile_or_warn(function: Callable[..., None], *probe: Any) -> Callable[...,
     return compiled
 
 
-class ScalarFilter(torch.optim.Optimizer):
+class CheckedOptimizer(torch.optim.Optimizer):
+    """Base of all of them: a param group is checked by :meth:`_check_group`, and refused without a trace."""
+
+    whole_numbers: tuple[str, ...] = ()  # the options that are counts
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with options of their own.
+
+        Raises:
+            ValueError, TypeError: as the constructor does.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
+        for name in self.defaults:
+            if isinstance(group[name], Real) and not isinstance(group[name], bool):
+                group[name] = int(group[name]) if name in self.whole_numbers else float(group[name])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class ScalarFilter(CheckedOptimizer):
     """Base of the optimizers with a filter: one small tensor of scalars, ``filter_entries`` in order, for all weights.
 
     It lives in every param group (the same tensor): there ``load_state_dict`` keeps its float64, which it would cast to
@@ -149,17 +176,7 @@ class ScalarFilter(torch.optim.Optimizer):
             first = self.param_groups[0]
             param_group = {name: first[name] for name in self.defaults if name not in self.per_group} | param_group
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
-        for name in self.defaults:
-            if isinstance(group[name], Real) and not isinstance(group[name], bool):
-                group[name] = float(group[name])
-        first = self.param_groups[0]
+        group, first = self.param_groups[-1], self.param_groups[0]
         if "filter" not in first:
             device = first["params"][0].device if first["params"] else torch.device("cpu")
             first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)

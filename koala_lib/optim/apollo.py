@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from koala_lib.optim._base import (
     HALF,
+    CheckedOptimizer,
     buckets,
     check_choice,
     check_dense,
@@ -119,7 +120,7 @@ def _compiled_update() -> Callable[..., None]:
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 
-class Apollo(torch.optim.Optimizer):
+class Apollo(CheckedOptimizer):
     r"""APOLLO, Algorithm 1, for every tensor of weights by itself ("parameter-wise").
 
     .. math::
@@ -173,6 +174,8 @@ class Apollo(torch.optim.Optimizer):
     tensor([-2.]) tensor([0.])
     tensor([0.]) tensor([0.5000])
     """
+
+    whole_numbers = ("warmup_steps",)
 
     def __init__(
         self,
@@ -276,15 +279,6 @@ class Apollo(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
-        for name in self.defaults:
-            if isinstance(group[name], Real) and not isinstance(group[name], bool):
-                group[name] = int(group[name]) if name == "warmup_steps" else float(group[name])
         group.setdefault("base_lr", float(group["lr"]))
 
     def _check_group(self, group: dict[str, Any]) -> None:

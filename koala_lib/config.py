@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
@@ -58,6 +59,11 @@ class RunConfig:
         batch_size: samples per step; the last incomplete batch of an epoch is dropped, but not of translations.
         milestones: epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``.
         gamma: that factor.
+        final_lr: instead of milestones, a cosine schedule (Loshchilov & Hutter, ICLR 2017, without restarts): in epoch
+            e = 0, 1, ... of E the learning rate is final_lr + (lr - final_lr) (1 + cos(pi e / E)) / 2.
+        warmup_steps: for so many steps the learning rate rises linearly from ``warmup_init_lr`` at the first step to
+            the optimizer's ``lr``, whatever the schedule says meanwhile.
+        warmup_init_lr: where it starts.
         seed: seed of the initial weights, the order of the samples and the augmentation.
         precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward.
 
@@ -80,6 +86,9 @@ class RunConfig:
     batch_size: int = 128
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
+    final_lr: float | None = None
+    warmup_steps: int = 0
+    warmup_init_lr: float = 0.0
     seed: int = 0
     precision: str = "float32"
 
@@ -111,6 +120,19 @@ class RunConfig:
             raise ValueError(f"milestones must be increasing epochs, got {self.milestones!r}")
         if not (isinstance(self.gamma, (int, float)) and 0 < self.gamma <= 1):
             raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        for name in ("final_lr", "warmup_init_lr"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if self.final_lr is not None and self.milestones:
+            raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
+        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be a whole number >= 0, got {self.warmup_steps!r}")
+        if self.warmup_steps and self.optimizer == "apollo":
+            raise ValueError("optimizer='apollo' warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:
         """A copy with other values."""

@@ -34,6 +34,7 @@ PALETTE: dict[str, str] = {
     "koala_plus_plus": _SAFE[4],
     "meka": _SAFE[2],
     "apollo": _SAFE[3],
+    "apollow": "#e7298a",
     "sgd": _SAFE[7],
     "adam": _SAFE[1],
     "adamw": _SAFE[5],
@@ -49,6 +50,7 @@ LABELS = {
     "koala_plus_plus": "KOALA++",
     "meka": "MEKA",
     "apollo": "APOLLO",
+    "apollow": "ApolloW",
     "sgd": "SGD",
     "adam": "Adam",
     "adamw": "AdamW",
@@ -87,7 +89,7 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
     return colours[name] if colours else colour(name)
 
 
-def _log_y(ax: Axes) -> None:
+def log_y(ax: Axes) -> None:
     """A logarithmic axis with plain numbers, at 2 and 5 too where it spans little; call it when all is drawn."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -218,7 +220,7 @@ def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, col
         left.set(title=f"{name}, n = {here['seed'].nunique()} seeds", ylabel="top-1 test error (%)")
         left.tick_params(axis="x", rotation=25)
         right.set(title=name, ylabel="training loss (nats)")
-        _log_y(right)
+        log_y(right)
         right.legend(fontsize="small", loc="upper right")
     return fig
 
@@ -252,7 +254,7 @@ def steps(
             if dashed in record:
                 ax.semilogy(x, smooth[dashed], lw=1.4, ls="--", color=colour(method))
         ax.set(title=title, xlabel="step $k$", ylabel=unit)
-        _log_y(ax)
+        log_y(ax)
     axes.flat[0].legend()
     return fig
 

@@ -52,8 +52,10 @@ def trace(
         * ``filtered_error``, ``minibatch_error``: distances of m_t and g_t from it.
 
     Raises:
-        ValueError: for another optimizer, or KOALA with ``full_gradient``.
+        ValueError: for another optimizer, KOALA with ``full_gradient``, or a warm-up.
     """
+    if config.warmup_steps:
+        raise ValueError(f"a trace has no warm-up, but warmup_steps={config.warmup_steps}; leave it out")
     run = _Run(config, torch.device(device))
     optimizer = run.optimizers.get("network")
     if isinstance(optimizer, Meka):

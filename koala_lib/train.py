@@ -12,7 +12,8 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -145,10 +146,7 @@ class _Run:
             self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
         self.average = _Average(self.task.network, config.epochs, **options) if wrapper == "swa" else None
         self.switch = self._switch(**options) if wrapper == "switch" else (-1, {})
-        self.schedulers = {
-            name: torch.optim.lr_scheduler.MultiStepLR(optimizer, [*config.milestones], gamma=config.gamma)
-            for name, optimizer in self.optimizers.items()
-        }
+        self.schedulers = {name: _scheduler(config, optimizer) for name, optimizer in self.optimizers.items()}
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
         self.filters = [o for o in self.optimizers.values() if isinstance(o, Meka)]
         self.names = [*self.task.losses, *(FILTER_MEANS if self.filters else ())]
@@ -181,12 +179,28 @@ class _Run:
                 optimizer.take_snapshot(self.task.batches(self.epoch))
 
     def train_step(self, batch: Any) -> None:
-        losses = self.task.step(batch, self.optimizers)
+        with self.warm_up():
+            losses = self.task.step(batch, self.optimizers)
         first_bad = (self.bad_step < 0) & ~torch.isfinite(losses).all()
         self.bad_step = torch.where(first_bad, self.steps_done, self.bad_step)
         filters = [optimizer.entries(FILTER_MEANS).to(losses.dtype) for optimizer in self.filters]
         self.sums += torch.cat([losses, *filters])
         self.step += 1
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """The learning rate of a step of the warm-up; afterwards the schedule's is there again."""
+        steps, start = self.config.warmup_steps, self.config.warmup_init_lr
+        if self.steps_done >= steps:
+            yield
+            return
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        scheduled = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = start + (group["initial_lr"] - start) * self.steps_done / steps
+        yield
+        for group, lr in zip(groups, scheduled, strict=True):
+            group["lr"] = lr
 
     def end_epoch(self) -> None:
         lr = float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
@@ -266,6 +280,12 @@ class _Run:
         return RunResult(
             self.config.key, self.config, status, tuple(self.epochs), self.failed_step, provenance, pictures
         )
+
+
+def _scheduler(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.final_lr is None:
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [*config.milestones], gamma=config.gamma)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs, eta_min=config.final_lr)
 
 
 class _Average:

@@ -12,8 +12,8 @@ from torch.nn import functional
 from koala_lib import data, models
 
 # Parameters of torchvision's networks for ImageNet, as its documentation publishes them.
-PUBLISHED = {"resnet18": 11_689_512, "resnet50": 25_557_032, "wide_resnet50_2": 68_883_240}
-FEATURES = {"resnet8": 32, "resnet18": 512, "resnet50": 2048, "wide_resnet50_2": 2048}
+PUBLISHED = {"resnet18": 11_689_512, "resnet50": 25_557_032, "wide_resnet50_2": 68_883_240, "resnext50": 25_028_904}
+FEATURES = {"resnet8": 32, "resnet18": 512, "resnet50": 2048, "wide_resnet50_2": 2048, "resnext50": 2048}
 PAPER = sorted(PUBLISHED)
 
 
@@ -40,18 +40,39 @@ def test_parameter_count_of_resnet18_in_the_paper() -> None:
     assert count(on_meta("resnet18", num_classes=10)) == 11_173_962
 
 
-def test_parameter_count_of_resnet8() -> None:
+@pytest.mark.parametrize(("name", "depth", "width"), [("resnet8", 1, 8), ("resnet110", 18, 16)])
+def test_parameter_count_of_the_thin_networks(name: str, depth: int, width: int) -> None:
     def block(a: int, b: int) -> int:
         shortcut = a * b + 2 * b if a != b else 0
         return 9 * a * b + 9 * b * b + 4 * b + shortcut
 
-    stem = 9 * 3 * 8 + 2 * 8
-    total = stem + block(8, 8) + block(8, 16) + block(16, 32) + 33 * 10
-    assert count(on_meta("resnet8", num_classes=10)) == total
+    widths = (width, 2 * width, 4 * width)
+    firsts = sum(block(a, b) for a, b in zip((width, *widths), widths, strict=False))
+    others = sum(block(b, b) for b in widths) * (depth - 1)
+    stem, head = 9 * 3 * width + 2 * width, (4 * width + 1) * 10
+    assert count(on_meta(name, num_classes=10)) == stem + firsts + others + head
+
+
+def test_apollos_networks() -> None:
+    """1.73 M parameters (README of its code); 6n + 2 layers with n = 18; ResNeXt-50 with ImageNet's stem."""
+    thin = on_meta("resnet110", num_classes=10)
+    assert round(count(thin) / 1e6, 2) == 1.73
+    weighted = [m for name, m in thin.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and "down" not in name]
+    assert len(weighted) == 110
+    large = on_meta("resnext50", num_classes=1000, image_size=224)
+    assert count(large) == PUBLISHED["resnext50"]
+    middle = [m.conv2 for m in large.modules() if hasattr(m, "conv3")]
+    assert {m.groups for m in middle} == {32}
+    assert [m.out_channels for m in middle] == [128] * 3 + [256] * 4 + [512] * 6 + [1024] * 3
+    sizes = []
+    for stage in ("maxpool", "layer1", "layer4"):
+        large.get_submodule(stage).register_forward_hook(lambda m, i, o: sizes.append(tuple(o.shape[1:])))
+    assert large(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    assert sizes == [(64, 56, 56), (256, 56, 56), (2048, 7, 7)]
 
 
 @pytest.mark.parametrize(
-    ("name", "norms"), [("resnet8", 9), ("resnet18", 20), ("resnet50", 53), ("wide_resnet50_2", 53)]
+    ("name", "norms"), [("resnet8", 9), ("resnet18", 20), ("resnet50", 53), ("wide_resnet50_2", 53), ("resnet110", 111)]
 )
 def test_batch_norm_follows_every_convolution(name: str, norms: int) -> None:
     model = on_meta(name, num_classes=10)
@@ -91,9 +112,9 @@ def test_maps_shrink_after_the_first_stage_only(name: str) -> None:
 
 
 def test_bottleneck_width_and_stride() -> None:
-    for name, width in (("resnet50", 128), ("wide_resnet50_2", 256)):
+    for name, width, groups in (("resnet50", 128, 1), ("wide_resnet50_2", 256, 1), ("resnext50", 256, 32)):
         block = on_meta(name, num_classes=10).get_submodule("layer2.0")
-        assert block.conv2.weight.shape == (width, width, 3, 3)
+        assert block.conv2.weight.shape == (width, width // groups, 3, 3)
         assert (block.conv1.stride, block.conv2.stride, block.conv3.stride) == ((1, 1), (2, 2), (1, 1))
 
 

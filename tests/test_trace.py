@@ -94,6 +94,11 @@ def test_an_optimizer_without_a_filter_is_refused() -> None:
         trace(CONFIG.but(optimizer="sgd", optimizer_args={"lr": 0.1}), 1)
 
 
+def test_a_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="a trace has no warm-up, but warmup_steps=3; leave it out"):
+        trace(CONFIG.but(warmup_steps=3), 1)
+
+
 # ---------------------------------------------------------------- MEKA
 
 MEKA = CONFIG.but(model="mlp_100", optimizer="meka", optimizer_args={"lr": 0.1, "step_size": "constant"})

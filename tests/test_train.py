@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -69,9 +70,13 @@ def test_everything_in_a_config_changes_its_key(monkeypatch: pytest.MonkeyPatch)
         "train_size": None,
         "seed": 1,
         "precision": "bfloat16",
+        "final_lr": 0.0,
+        "warmup_steps": 5,
+        "warmup_init_lr": 0.1,
     }
     assert set(changes) == set(QUICK.to_dict())
-    keys = {QUICK.but(**{name: value}).key for name, value in changes.items()}
+    cosine = {"milestones": ()}  # final_lr excludes them
+    keys = {QUICK.but(**{name: value} | (cosine if name == "final_lr" else {})).key for name, value in changes.items()}
     assert len(keys | {QUICK.key}) == len(changes) + 1
 
 
@@ -97,6 +102,11 @@ def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None
         ({"train_size": -1}, "train_size must be"),
         ({"milestones": (3, 1)}, r"milestones must be increasing epochs, got \(3, 1\)"),
         ({"gamma": 0}, r"gamma must be in \(0, 1\], got 0"),
+        ({"final_lr": -1.0, "milestones": ()}, r"final_lr must be a number >= 0, got -1\.0"),
+        ({"final_lr": 0.0}, "final_lr asks for a cosine schedule and milestones for steps"),
+        ({"warmup_steps": 2.5}, r"warmup_steps must be a whole number >= 0, got 2\.5"),
+        ({"warmup_init_lr": float("nan")}, "warmup_init_lr must be a number >= 0, got nan"),
+        ({"optimizer": "apollo", "warmup_steps": 5}, "put warmup_steps into optimizer_args"),
     ],
 )
 def test_bad_config_names_what_is_wrong(change: dict[str, object], message: str) -> None:
@@ -119,6 +129,12 @@ def test_other_unknown_arguments_are_errors(where: str) -> None:
 def test_a_new_field_at_its_default_leaves_the_key_alone() -> None:
     spelled_out = QUICK.but(task="classification", wrapper="", gamma=0.2, precision="float32", model_args={})
     assert spelled_out.key == QUICK.key
+
+
+def test_keys_of_committed_runs_are_as_before() -> None:
+    """Computed before there were cosine schedule and warm-up."""
+    assert QUICK.key == "755a283baaf259ff"
+    assert QUICK.but(optimizer="sgd", milestones=(), optimizer_args={"lr": 0.1}).key == "a69b728815aff962"
 
 
 def test_batch_larger_than_the_data_is_an_error() -> None:
@@ -179,6 +195,46 @@ def test_a_run_that_diverges_is_recorded_with_its_step() -> None:
     assert result.epochs == ()
 
 
+# ---------------------------------------------------------------- schedules
+
+
+class _Rates:
+    """Learning rates of every step of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.run, self.rates = train._Run(config, torch.device("cpu")), []
+        (optimizer,) = self.run.optimizers.values()
+        optimizer.register_step_pre_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
+
+    def train(self) -> list[float]:
+        for epoch in range(self.run.config.epochs):
+            for batch in self.run.task.batches(epoch):
+                self.run.train_step(batch)
+            self.run.end_epoch()
+        return self.rates
+
+
+COSINE = QUICK.but(optimizer="sgd", optimizer_args={"lr": 0.5}, milestones=(), final_lr=0.1, epochs=4)
+
+
+def test_a_cosine_schedule_ends_at_its_final_rate() -> None:
+    expected = [0.1 + 0.4 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    run = _Rates(COSINE)
+    assert run.train() == pytest.approx([lr for lr in expected for _ in range(5)], rel=1e-12)
+    assert [m["lr"] for m in run.run.epochs] == pytest.approx(expected, rel=1e-5)
+    assert run.run.optimizers["network"].param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_warm_up_rises_linearly_and_then_leaves_the_schedule_alone(steps: int) -> None:
+    config = QUICK.but(optimizer="sgd", optimizer_args={"lr": 0.5}, warmup_steps=steps, warmup_init_lr=0.1)
+    plain = _Rates(config.but(warmup_steps=0)).train()
+    warm = _Rates(config).train()
+    assert warm[:steps] == pytest.approx([0.1 + 0.4 * k / steps for k in range(steps)])
+    assert warm[steps:] == plain[steps:]
+    assert plain == [0.5] * 5 + [0.1] * 5
+
+
 class _Interrupt(Exception):
     pass
 
@@ -186,13 +242,26 @@ class _Interrupt(Exception):
 WRAPPERS = {"lookahead": {"k": 3, "alpha": 0.8}, "swa": {"start": 1, "every": 1}}
 
 
-@pytest.mark.parametrize("optimizer", ["koala_m", "koala_v", "sgd", "adam"])
-@pytest.mark.parametrize("wrapper", ["", "lookahead", "swa"])
-def test_resume_at_a_random_step_gives_the_same_bits(optimizer: str, wrapper: str, tmp_path: Path) -> None:
-    arguments = {"sgd": {"lr": 0.1, "momentum": 0.9}}.get(optimizer, {})
-    config = QUICK.but(
-        optimizer=optimizer, optimizer_args=arguments, wrapper=wrapper, wrapper_args=WRAPPERS.get(wrapper, {})
-    )
+SGD = QUICK.but(optimizer="sgd", optimizer_args={"lr": 0.1, "momentum": 0.9})
+RESUMED = {
+    f"{optimizer} {wrapper}".strip(): start.but(wrapper=wrapper, wrapper_args=WRAPPERS.get(wrapper, {}))
+    for optimizer, start in {
+        "koala_m": QUICK.but(optimizer_args={}),
+        "koala_v": QUICK.but(optimizer="koala_v", optimizer_args={}),
+        "sgd": SGD,
+        "adam": QUICK.but(optimizer="adam", optimizer_args={}),
+    }.items()
+    for wrapper in ("", *WRAPPERS)
+} | {
+    "sgd cosine": SGD.but(milestones=(), final_lr=0.01),
+    "sgd warm-up": SGD.but(warmup_steps=8),
+    "apollo": QUICK.but(optimizer="apollo", optimizer_args={"warmup_steps": 4}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_at_a_random_step_gives_the_same_bits(name: str, tmp_path: Path) -> None:
+    config = RESUMED[name]
     whole = train.train(config)
     stop = random.SystemRandom().randrange(1, 10)
 

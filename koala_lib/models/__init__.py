@@ -10,7 +10,7 @@ from typing import Final
 from torch import Tensor, nn
 
 from koala_lib.models import meka
-from koala_lib.models.resnet import BasicBlock, Bottleneck, ResNet, WideBottleneck
+from koala_lib.models.resnet import BasicBlock, Bottleneck, GroupedBottleneck, ResNet, WideBottleneck
 
 __all__ = ["INITIALISATIONS", "MODELS", "build"]
 
@@ -20,6 +20,8 @@ MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     "wide_resnet50_2": partial(ResNet, WideBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet110": partial(ResNet, BasicBlock, (18, 18, 18), (16, 32, 64)),
+    "resnext50": partial(ResNet, GroupedBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     **meka.SIZED,
     **meka.UNSIZED,
 }
@@ -41,16 +43,17 @@ def build(
     Parameters
     ----------
     name
-        ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are KOALA's networks. ``"resnet8"`` (three
-        stages of one basic block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU. ``"mlp_100"``,
+        ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are KOALA's networks, ``"resnet110"`` (three stages of
+        18 basic blocks, widths 16/32/64, 1.73 M parameters) and ``"resnext50"`` (32x4d) are APOLLO's. ``"resnet8"``
+        (stages of one block, widths 8/16/32, 0.02 M parameters) is ours, for runs on a CPU. ``"mlp_100"``,
         ``"cnn_3c3d"`` and ``"resnet32_gn"`` are MEKA's (:mod:`koala_lib.models.meka`), without BatchNorm, and
         ``"resnet8_gn"`` is the last with three blocks in place of fifteen.
     num_classes, in_channels
         Number of classes and of input channels.
     image_size
-        Height and width of the images in pixels. ``"mlp_100"`` and ``"cnn_3c3d"`` are made for it. Of the others only
-        ``"resnet8"`` looks at it: above 16 pixels its stem has stride 2, which makes a training step on 28x28 images
-        four times cheaper.
+        Height and width of the images in pixels. ``"mlp_100"`` and ``"cnn_3c3d"`` are made for it. ``"resnet8"`` has a
+        stem with stride 2 above 16 pixels, which makes a training step on 28x28 images four times cheaper;
+        ``"resnext50"`` has ImageNet's stem above 64. The others do not look at it.
     init
         ``"released"`` keeps what the network's class says; else a name of :data:`INITIALISATIONS`, drawn for the
         weights of all convolutions and linear layers. Biases and BatchNorm stay as they are.
@@ -80,6 +83,8 @@ def build(
     if init != "released" and init not in INITIALISATIONS:
         raise ValueError(f"unknown init {init!r}; known are released, {', '.join(INITIALISATIONS)}")
     options = {"stem_stride": 2} if name == "resnet8" and image_size > 16 else {}
+    if name == "resnext50" and image_size > 64:
+        options = {"large_images": True}
     if name in meka.SIZED:
         options["image_size"] = image_size
     network = MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)

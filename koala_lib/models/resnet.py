@@ -2,7 +2,7 @@
 
 Layers carry torchvision's names, so state dicts and published parameter counts can be compared. The one structural
 difference is the stem: a 3x3 convolution and no max-pooling (He et al., "Deep Residual Learning for Image
-Recognition", CVPR 2016, section 4.2), as in the experiments of KOALA (AAAI 2022).
+Recognition", CVPR 2016, section 4.2), as in the experiments of KOALA (AAAI 2022) and in those of APOLLO on CIFAR-10.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import ClassVar, Final
 from torch import Tensor, nn
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 class _Block(nn.Module):
@@ -54,12 +54,13 @@ class Bottleneck(_Block):
 
     expansion: Final = 4
     widening: ClassVar[int] = 1
+    groups: ClassVar[int] = 1
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         inner, outer = width * self.widening, width * self.expansion
         super().__init__(in_channels, outer, stride)
         self.conv1, self.bn1 = _conv(in_channels, inner, 1), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = _conv(inner, inner, 3, stride), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = _conv(inner, inner, 3, stride, self.groups), nn.BatchNorm2d(inner)
         self.conv3, self.bn3 = _conv(inner, outer, 1), nn.BatchNorm2d(outer)
 
     def residual(self, x: Tensor) -> Tensor:
@@ -72,6 +73,12 @@ class WideBottleneck(Bottleneck):
     """Bottleneck with twice the inner width (Zagoruyko & Komodakis, BMVC 2016; torchvision's width_per_group=128)."""
 
     widening: ClassVar[int] = 2
+
+
+class GroupedBottleneck(WideBottleneck):
+    """Its 3x3 convolution in 32 groups of 4 channels in the first stage (ResNeXt 32x4d; Xie et al., CVPR 2017)."""
+
+    groups: ClassVar[int] = 32
 
 
 class ResNet(nn.Sequential):
@@ -87,6 +94,8 @@ class ResNet(nn.Sequential):
         Number of classes and of input channels.
     stem_stride
         Stride of the 3x3 stem.
+    large_images
+        The stem for ImageNet instead: a 7x7 convolution and max-pooling, each with stride 2.
 
     Notes
     -----
@@ -103,11 +112,14 @@ class ResNet(nn.Sequential):
         num_classes: int,
         in_channels: int,
         stem_stride: int = 1,
+        large_images: bool = False,
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["conv1"] = _conv(in_channels, widths[0], 3, stem_stride)
+        layers["conv1"] = _conv(in_channels, widths[0], *((7, 2) if large_images else (3, stem_stride)))
         layers["bn1"] = nn.BatchNorm2d(widths[0])
         layers["relu"] = nn.ReLU(inplace=True)
+        if large_images:
+            layers["maxpool"] = nn.MaxPool2d(3, stride=2, padding=1)
         channels = widths[0]
         for stage, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             blocks: list[nn.Module] = []

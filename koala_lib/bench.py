@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from koala_lib import models, paths
+from koala_lib import bench_meka, models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
-from koala_lib.traffic import Factory, Row, memory, now, step
+from koala_lib.timing import Row, interleave, now, spread
+from koala_lib.traffic import Factory, memory, step
 
 CONTENDERS: dict[str, Factory] = {
     "SGD momentum, foreach": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, foreach=True),
@@ -77,35 +77,6 @@ def image_network(name: str, *, device: str = "cpu") -> nn.Module:
 # ---------------------------------------------------------------- time
 
 
-def interleave(
-    jobs: Mapping[str, Callable[[], object]], rounds: int, *, device: str = "cpu", seconds: float = 0.0
-) -> dict[str, list[float]]:
-    """Seconds of every job in each round; the jobs take turns, and a first round that makes states is left out.
-
-    Args:
-        jobs: What to time, by name.
-        rounds: How many rounds.
-        device: torch device; its queue is waited for.
-        seconds: Go on with more rounds until this time is over.
-    """
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    end = time.monotonic() + seconds
-    done = -1
-    while done < rounds or time.monotonic() < end:
-        for name, job in jobs.items():
-            start = now(device)
-            job()
-            times[name].append(now(device) - start)
-        done += 1
-    return {name: t[1:] for name, t in times.items()}
-
-
-def _spread(name: str, values: Iterable[float]) -> Row:
-    """Median and quartiles, as columns ``name``, ``name_q1`` and ``name_q3``."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {name: median, f"{name}_q1": q1, f"{name}_q3": q3}
-
-
 def measure(
     params: list[Tensor],
     contenders: Mapping[str, Factory] = CONTENDERS,
@@ -130,8 +101,8 @@ def measure(
     times = interleave(jobs, 3, device=device, seconds=seconds * len(jobs))
     return [
         {"optimizer": name}
-        | _spread("ms", (1e3 * s for s in t))
-        | _spread("ratio", (a / b for a, b in zip(t, times[base], strict=True)))
+        | spread("ms", (1e3 * s for s in t))
+        | spread("ratio", (a / b for a, b in zip(t, times[base], strict=True)))
         for name, t in times.items()
     ]
 
@@ -218,10 +189,10 @@ def training_step(
     base = next(iter(jobs))
     return [
         {"optimizer": name}
-        | _spread("seconds", whole[name])
-        | _spread("optimizer_ms", 1e3 * own[name])
-        | _spread("whole_percent", 100 * (whole[name] / whole[base] - 1))
-        | _spread("overhead_percent", 100 * (own[name] - own[base]) / whole[base])
+        | spread("seconds", whole[name])
+        | spread("optimizer_ms", 1e3 * own[name])
+        | spread("whole_percent", 100 * (whole[name] / whole[base] - 1))
+        | spread("overhead_percent", 100 * (own[name] - own[base]) / whole[base])
         for name in whole
     ]
 
@@ -257,21 +228,15 @@ def _processor() -> str:
     return name[1] if name else platform.processor() or platform.machine()
 
 
-def main(device: str = "cpu", *, whole: bool = False) -> None:
+def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> None:
     """Print the tables and keep them in ``data/results/bench.json``; sections that are not measured stay as they are.
 
     Args:
         device: torch device.
         whole: Also time whole training steps of ResNet-18, some minutes on a CPU.
+        meka: Measure MEKA's moments and whole steps instead, a quarter of an hour on a CPU.
     """
-    networks = [(m, with_gradients(image_network(m, device=device).parameters())) for m in ("resnet18", "resnet50")]
-    sections: dict[str, Callable[[], list[Row]]] = {
-        "step": lambda: [{"model": m} | r for m, p in networks for r in measure(p, device=device)],
-        "memory": lambda: [{"model": m} | r for m, p in networks for r in memory(p, CONTENDERS)],
-        "sweep": lambda: sweep({name: CONTENDERS[name] for name in SWEPT}, device=device),
-    }
-    if whole:
-        sections["training_step"] = lambda: training_step(device=device)
+    sections = _meka_sections(device) if meka else _sections(device, whole)
     for section, measured in sections.items():
         origin = provenance(device)
         rows = measured()
@@ -283,10 +248,35 @@ def main(device: str = "cpu", *, whole: bool = False) -> None:
     print(f"\nwritten to {file()}")
 
 
+def _sections(device: str, whole: bool) -> dict[str, Callable[[], list[Row]]]:
+    networks = [(m, with_gradients(image_network(m, device=device).parameters())) for m in ("resnet18", "resnet50")]
+    sections: dict[str, Callable[[], list[Row]]] = {
+        "step": lambda: [{"model": m} | r for m, p in networks for r in measure(p, device=device)],
+        "memory": lambda: [{"model": m} | r for m, p in networks for r in memory(p, CONTENDERS)],
+        "sweep": lambda: sweep({name: CONTENDERS[name] for name in SWEPT}, device=device),
+    }
+    if whole:
+        sections["training_step"] = lambda: training_step(device=device)
+    return sections
+
+
+def _meka_sections(device: str) -> dict[str, Callable[[], list[Row]]]:
+    sizes = [(n, b) for n in bench_meka.NETWORKS for b in bench_meka.BATCH_SIZES]
+    return {
+        "moments": lambda: [r for n, b in sizes for r in bench_meka.moments(n, b, device=device)],
+        "meka_step": lambda: [r for n in bench_meka.NETWORKS for r in bench_meka.steps(n, device=device)],
+    }
+
+
 def _show(section: str, rows: list[Row]) -> None:
     import pandas as pd
 
     frame = pd.DataFrame(rows)
+    if section == "meka_step":
+        print("medians of the repetitions")
+        frame = (
+            frame.groupby(["network", "batch_size", "optimizer"], sort=False)[["ms", "ratio"]].median().reset_index()
+        )
     if section != "sweep":
         print(frame.round(3).to_string(index=False))
         return

@@ -252,11 +252,14 @@ def bench(
     training_step: Annotated[
         bool, typer.Option("--training-step", help="also whole training steps of ResNet-18, some minutes on a CPU")
     ] = False,
+    meka: Annotated[
+        bool, typer.Option("--meka", help="MEKA's moments and whole steps instead, a quarter of an hour on a CPU")
+    ] = False,
 ) -> None:
     """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
     from koala_lib import bench as benchmark
 
-    benchmark.main(device, whole=training_step)
+    benchmark.main(device, whole=training_step, meka=meka)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from koala_lib.optim import KoalaM, KoalaV
+from koala_lib.timing import Row, now
 
 Factory = Callable[[list[Tensor]], Optimizer]
-Row = dict[str, Any]
 
 
 class Traffic(TorchDispatchMode):
@@ -41,6 +40,7 @@ class Traffic(TorchDispatchMode):
         self.operations: list[Row] = []
         self.phase = ""
         self.peak = self._alive = 0
+        self._storages: set[int] = set()  # those that are counted and alive
         self._constant = {t.data_ptr() for t in constant}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,8 @@ class Traffic(TorchDispatchMode):
         changed = [inputs[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         made = [] if any(r.alias_info is not None for r in schema.returns) else tensors_in(result)
         for t in made:
-            self._allocated(t.untyped_storage())
+            if not t._is_zerotensor():  # a tangent that is zero, without memory
+                self._allocated(t.untyped_storage())
         if changed or made:
             written = [t for t in tensors_in(changed) if t.data_ptr() not in self._constant] + made
             reads, writes = (sum(t.numel() for t in ts) for ts in (tensors_in(inputs), written))
@@ -62,22 +63,17 @@ class Traffic(TorchDispatchMode):
         return result
 
     def _allocated(self, storage: torch.UntypedStorage) -> None:
-        def free(size: int = storage.nbytes()) -> None:
+        if storage._cdata in self._storages:  # some operations make a view whose signature does not say so
+            return
+
+        def free(address: int = storage._cdata, size: int = storage.nbytes()) -> None:
+            self._storages.discard(address)
             self._alive -= size
 
+        self._storages.add(storage._cdata)
         self._alive += storage.nbytes()
         self.peak = max(self.peak, self._alive)
         weakref.finalize(storage, free)
-
-
-def now(device: str = "cpu") -> float:
-    """A clock in seconds: processor time of this thread if torch uses no other, so that the machine's other work counts
-    little; else elapsed time, with a GPU once it has done all it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif torch.get_num_threads() == 1:
-        return time.thread_time()
-    return time.perf_counter()
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala_lib import bench, runs
+from koala_lib import bench, bench_meka, runs, timing
 from koala_lib.optim import KoalaM
-from koala_lib.traffic import Factory, Traffic, memory, now, step, traffic
+from koala_lib.timing import interleave, now
+from koala_lib.traffic import Factory, Traffic, memory, step, traffic
 
 # ---------------------------------------------------------------- time
 
@@ -36,8 +37,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     ours = Clock()
-    monkeypatch.setattr(bench, "now", lambda device: ours.now)
-    monkeypatch.setattr(bench, "time", ours)  # of which only the monotonic clock is used
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "now", lambda device: ours.now)
+    monkeypatch.setattr(timing, "time", ours)  # of which only the monotonic clock is used
     return ours
 
 
@@ -66,11 +68,26 @@ def test_jobs_take_turns_and_the_first_round_does_not_count(clock: Clock) -> Non
 
         return run
 
-    times = bench.interleave({"a": job("a", 1.0), "b": job("b", 2.0)}, 3)
+    times = interleave({"a": job("a", 1.0), "b": job("b", 2.0)}, 3)
     assert calls == ["a", "b"] * 4
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
     calls.clear()
-    assert len(bench.interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
+    assert len(interleave({"a": job("a", 1.0)}, 1, seconds=202.5)["a"]) == 4  # 200 for the first two calls
+
+
+def test_a_quick_job_is_called_more_often_in_its_turn(clock: Clock) -> None:
+    calls: list[str] = []
+
+    def job(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            clock.take(100.0 if calls.count(name) == 1 else seconds)
+
+        return run
+
+    times = interleave({"a": job("a", 1.0), "b": job("b", 7.0)}, 2, least=2.5)
+    assert "".join(calls) == "aabb" + "aaab" * 3
+    assert times == {"a": [1.0] * 2, "b": [7.0] * 2}
 
 
 @pytest.mark.parametrize(("threads", "counts"), [(1, False), (2, True)])
@@ -151,6 +168,29 @@ def test_traffic_counts_what_operations_read_write_and_keep() -> None:
     assert 6000 <= seen.peak < 6100  # c and d, and a few scalars
 
 
+def test_traffic_counts_memory_once() -> None:
+    x, w = torch.ones(10, 20, 30), torch.ones(30, 40)
+    with Traffic() as seen:
+        y = x @ w  # a matrix product and a view of it whose signature does not say so
+        del y
+    assert seen.peak == 4 * 10 * 20 * 40
+    with Traffic() as seen:
+        zero = torch._efficientzerotensor((1000,))
+    assert (len(zero), seen.peak) == (1000, 0)
+
+
+def allocated(job: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch's allocator gave out at most at once, and in the end."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        job()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak, alive
+
+
 FOREACH = {"KOALA-M, foreach": lambda p: KoalaM(p, 1e-9, foreach=True)}
 
 
@@ -159,13 +199,7 @@ def test_the_peak_is_that_of_the_allocator(create: Factory) -> None:
     params = bench.synthetic(400_000, tensors=4)
     optimizer = create(params)
     step(optimizer)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step(optimizer)
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
+    peak, alive = allocated(lambda: step(optimizer))
     assert alive == 0, "a second step leaves nothing behind"
     assert traffic(create, params).peak == pytest.approx(peak, rel=0.01, abs=5000)
 
@@ -223,7 +257,123 @@ def test_one_filter_in_two_groups_counts_once() -> None:
     assert row["state_bytes"] == 2 * 400 + 48
 
 
+# ---------------------------------------------------------------- MEKA
+
+
+@pytest.mark.parametrize("network", bench_meka.NETWORKS)
+def test_what_is_compared_with_the_moments_is_the_same_quantity(network: str) -> None:
+    torch.manual_seed(0)
+    jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 3))
+    gradient, product, structured, vmap = (jobs[method]() for method in bench_meka.METHODS)
+    for moments in (structured, vmap):
+        for mean, expected in ((moments.gradient, gradient), (moments.hvp, product)):
+            largest = max(float(t.abs().max()) for t in expected)
+            for ours, t in zip(mean.values(), expected, strict=True):
+                torch.testing.assert_close(ours, t, rtol=0, atol=1e-4 * largest)
+    torch.testing.assert_close(structured.gradient_variance, vmap.gradient_variance, rtol=1e-3, atol=0)
+    torch.testing.assert_close(structured.hvp_variance, vmap.hvp_variance, rtol=1e-3, atol=0)
+
+
+def test_moments_are_compared_in_the_same_round(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine that changes its speed: counting memory, a first and a second call, a first round, and three that count.
+    speeds = iter([9.0, 9.0, 9.0, 9.0, 1.0, 10.0, 2.0])
+    now = [0.0]
+
+    def jobs(*_: object) -> dict[str, Callable[[], object]]:
+        def job(factor: float) -> Callable[[], None]:
+            def run() -> None:
+                now[0] = next(speeds) if factor == 1.0 else now[0]
+                clock.take(factor * now[0])
+
+            return run
+
+        return {name: job(factor) for name, factor in zip(bench_meka.METHODS, (1.0, 2.0, 3.0, 4.0), strict=True)}
+
+    monkeypatch.setattr(bench_meka, "moment_jobs", jobs)
+    rows = bench_meka.moments("mlp_100", 2, rounds=3, seconds=0.0)
+    assert [r["method"] for r in rows] == list(bench_meka.METHODS)
+    assert [r["ratio_q1"] for r in rows] == [r["ratio_q3"] for r in rows] == [1.0, 2.0, 3.0, 4.0]
+    assert [r["ms"] for r in rows] == [2000.0, 4000.0, 6000.0, 8000.0]
+
+
+def test_memory_of_structured_moments_grows_with_the_activations_alone() -> None:
+    small, large = ({r["method"]: r for r in bench_meka.moments("mlp_100", b, rounds=2, seconds=0)} for b in (8, 32))
+    of_one = {name: (large[name]["peak"] - small[name]["peak"]) / 24 for name in bench_meka.METHODS}
+    weights = small["vmap"]["weights"]
+    assert weights == 4 * 79_510
+    assert of_one["structured"] < 0.02 * weights
+    assert of_one["vmap"] > 2 * weights, "a gradient and a product of each sample"
+
+
+@pytest.mark.parametrize("method", bench_meka.METHODS)
+def test_the_peak_of_the_moments_is_that_of_the_allocator(method: str) -> None:
+    torch.manual_seed(0)
+    job = bench_meka.moment_jobs(*bench_meka.problem("cnn_3c3d", 3))[method]
+    job()
+    assert bench_meka.peak(job) == pytest.approx(allocated(job)[0], rel=0.05)
+
+
+def test_flops_are_those_of_the_products() -> None:
+    a, b, c = torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 3, 5)
+    assert bench_meka.flops(lambda: (a @ b, c.baddbmm_(a, b), a + 1)) == 2 * 2 * 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize(("network", "ratio"), [("mlp_100", 2.5), ("cnn_3c3d", 3.0), ("resnet32_gn", 3.0)])
+def test_structured_moments_need_about_three_times_the_arithmetic_of_a_gradient(network: str, ratio: float) -> None:
+    jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 2))
+    work = {method: bench_meka.flops(jobs[method]) for method in ("plain gradient", "structured")}
+    assert work["structured"] / work["plain gradient"] == pytest.approx(ratio, abs=0.1)
+
+
+def test_whole_steps_by_repetition(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"sgd": 2.0, "fixed": 3.0, "pi": 8.0}
+    arms = {n: lambda m, s=s: Slow(list(m.parameters()), clock, lambda _: s) for n, s in seconds.items()}
+    monkeypatch.setattr(bench_meka, "STEPPERS", arms)
+    rows = bench_meka.steps("mlp_100", 4, repetitions=2, seconds=0.0)
+    assert [(r["repetition"], r["optimizer"]) for r in rows] == [(i, n) for i in (0, 1) for n in seconds]
+    assert rows[2] == {
+        "network": "mlp_100", "batch_size": 4, "repetition": 0, "optimizer": "pi", "ms": 8000.0, "ratio": 4.0
+    }  # fmt: skip
+    assert bench_meka.arms(rows, "mlp_100")["fixed"] == {0: 1.5, 1: 1.5}
+    assert bench_meka.arms(rows, "cnn_3c3d") == {}
+
+
+def test_whole_steps_are_steps() -> None:
+    torch.manual_seed(0)
+    for create in bench_meka.STEPPERS.values():
+        model, images, labels = bench_meka.problem("mlp_100", 4)
+        before = [p.clone() for p in model.parameters()]
+        bench_meka.step(model, create(model), images, labels)()
+        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_network_that_the_paper_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="one of mlp_100, cnn_3c3d, resnet32_gn, got 'resnet18'"):
+        bench_meka.moments("resnet18")
+
+
 # ---------------------------------------------------------------- the command
+
+
+def test_meka_is_measured_on_request_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KOALA_RESULTS", str(tmp_path))
+
+    def moments(network: str, batch_size: int, device: str) -> list[dict[str, Any]]:
+        return [{"network": network, "batch_size": batch_size, "method": "structured", "ratio": 3.0}]
+
+    def steps(network: str, device: str) -> list[dict[str, Any]]:
+        shared = {"network": network, "batch_size": 128, "optimizer": "pi", "ms": 1.0}
+        return [{**shared, "repetition": i, "ratio": ratio} for i, ratio in enumerate((1.0, 5.0, 7.0))]
+
+    monkeypatch.setattr(bench_meka, "moments", moments)
+    monkeypatch.setattr(bench_meka, "steps", steps)
+    bench.main(meka=True)
+    kept = bench.stored()
+    assert {name: len(section["rows"]) for name, section in kept.items()} == {"moments": 9, "meka_step": 9}
+    assert set(kept["moments"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert "resnet32_gn         128        pi 1.0    5.0" in capsys.readouterr().out
 
 
 def test_sections_are_kept_with_their_provenance(

@@ -425,6 +425,22 @@ def test_linear_model_has_no_product() -> None:
         assert moments.gradient_variance == pytest.approx(float(inputs.var(0).sum() / 4), rel=1e-12)
 
 
+def test_a_loss_may_change_the_outputs_in_place() -> None:
+    model, *arguments = prepared(*KNOWN["linear"], 3)
+    moments = sample_moments(model, lambda o, y: cubic(o.mul_(2).sub_(1), y), *arguments, "structured")
+    assert_equal(moments, loop(model, lambda o, y: cubic(2 * o - 1, y), *arguments))
+
+
+@pytest.mark.parametrize("method", ["structured", "vmap"])
+def test_a_loss_need_not_depend_on_the_outputs(method: str) -> None:
+    model, *arguments = prepared(*KNOWN["linear"], 3)
+    moments = sample_moments(model, lambda o, y: y.square(), *arguments, method)
+    assert moments.loss == arguments[1].square().mean()
+    assert moments.hvp is not None
+    assert not any(t.any() for t in (*moments.gradient.values(), *moments.hvp.values()))
+    assert moments.gradient_variance == moments.hvp_variance == 0
+
+
 def test_equal_samples_do_not_vary() -> None:
     model, inputs, targets, direction = prepared(*KNOWN["conv2d"], 4)
     same = inputs[:1].expand_as(inputs).contiguous(), targets[:1].expand_as(targets).contiguous()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from koala_lib.moments._products import dual, pair
+from koala_lib.moments._products import both, dual, pair
 
 if TYPE_CHECKING:
     from koala_lib.moments._layers import GroupNorm
@@ -93,9 +93,12 @@ def spread(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _group_mean(sums: Tensor, like: Tensor, groups: int) -> Tensor:
-    """(N, C) sums over positions to (N, G) means over the entries of a group of ``like``."""
+    """(N, C) sums over positions to (N, G) means over the entries of a group of ``like``.
+
+    Value and tangent on their own: torch's rule for a division of a dual tensor by a number goes through Python.
+    """
     entries = like[0].numel() // groups
-    return sums.view(len(sums), groups, -1).sum(2) / entries
+    return dual(*both(lambda s: s.view(len(s), groups, -1).sum(2) / entries, pair(sums)))
 
 
 def combination(terms: list[tuple[Tensor, Tensor]], shift: Tensor) -> Tensor:

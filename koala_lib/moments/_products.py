@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 
-CHUNK = 2**20  # elements of a layer's windows, or of its per-sample gradients, that are held at once
+CHUNK = 2**19  # elements of a layer's windows, or of its per-sample gradients, held at once: 2 MB, a core's cache
 
 BATCH_NORM: Final = (
     "batch normalisation mixes the samples of a batch, so that none has a gradient of its own; "

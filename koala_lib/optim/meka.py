@@ -39,9 +39,14 @@ class _Observed(NamedTuple):
 
 
 def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """x^T y of two vectors that lie in lists of tensors; 0-dim, added up in float64."""
+    """x^T y of two vectors that lie in lists of tensors; 0-dim.
+
+    A tensor is added up in float32 at least, in torch's cascade, which loses no more than the products' rounding did;
+    their sums in float64. To add everything in float64 would first copy it.
+    """
     products = torch._foreach_mul(xs, ys)
-    return torch.stack([t.sum(dtype=scalar_dtype(t.device)) for t in products]).sum()
+    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in products]
+    return torch.stack(sums).sum(dtype=scalar_dtype(sums[0].device))
 
 
 def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Task(ABC):
             inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("train_loss",)
+    losses: tuple[str, ...] = ("train_loss",)
 
     config: RunConfig
     data: Any

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+from koala_lib.optim.sdlbfgs import SdLBFGS
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
@@ -85,6 +86,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adadelta": torch.optim.Adadelta,
     "radam": torch.optim.RAdam,
     "adahessian": _adahessian,
+    "sdlbfgs": SdLBFGS,
 }
 
 # Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).

@@ -7,6 +7,7 @@ Ours come from :mod:`koala_lib.optim`, the others from ``torch.optim`` and ``pyt
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
@@ -45,6 +46,9 @@ def _extra(name: str) -> Factory:
 @cache
 def _adahessian_class() -> type[Optimizer]:
     import pytorch_optimizer
+
+    # Its backward() keeps the graph; zero_grad(), which drops the gradients, breaks the cycle that torch warns of.
+    warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph=True")
 
     class AdaHessian(pytorch_optimizer.AdaHessian):
         """With the spatial averaging of its paper (Yao et al., AAAI 2021, eq. 10), over the kernels of convolutions."""

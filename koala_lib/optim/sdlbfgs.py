@@ -128,17 +128,28 @@ class SdLBFGS(torch.optim.Optimizer):
         state = self.state[params[0]]
         if not state:
             state |= {"displacements": [], "changes": [], "gamma": torch.ones((), dtype=params[0].dtype)}
-        pairs = list(zip(state["displacements"], state["changes"], strict=True))
         with torch.enable_grad():
             first = closure()
         before, gradient = _vector(params), self._gradient(params)
-        direction = two_loop(gradient, pairs, float(state["gamma"]))
+        direction = self._apply(gradient)
         for p, d in zip(params, torch.split(direction, [p.numel() for p in params]), strict=True):
             p.sub_(group["lr"] * d.view_as(p))
         with torch.enable_grad():
             closure()
         self._remember(_vector(params) - before, self._gradient(params) - gradient)
         return first
+
+    @torch.no_grad()
+    def inverse_hessian(self) -> Tensor:
+        """H of the next step as a matrix, ``(n, n)`` for n weights in all: for small problems."""
+        first = self.param_groups[0]["params"][0]
+        n = sum(p.numel() for p in self.param_groups[0]["params"])
+        return torch.stack([self._apply(row) for row in torch.eye(n, dtype=first.dtype, device=first.device)])
+
+    def _apply(self, gradient: Tensor) -> Tensor:
+        state = self.state[self.param_groups[0]["params"][0]]
+        pairs = list(zip(state.get("displacements", []), state.get("changes", []), strict=True))
+        return two_loop(gradient, pairs, float(state.get("gamma", 1.0)))
 
     @staticmethod
     def _gradient(params: list[Tensor]) -> Tensor:

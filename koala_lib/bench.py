@@ -27,6 +27,7 @@ from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.timing import Row, interleave, now, spread
 from koala_lib.traffic import Factory, memory, step
+from koala_lib.train import RunConfig, _Run
 
 CONTENDERS: dict[str, Factory] = {
     "SGD momentum, foreach": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, foreach=True),
@@ -255,6 +256,19 @@ def training_jobs(
 
 
 # ---------------------------------------------------------------- the command
+
+
+def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
+    """A training epoch without its evaluation, as a job of :func:`interleave`; every call goes on with the next one."""
+    run = _Run(config, torch.device(device))
+
+    def job() -> None:
+        run.begin_epoch()
+        for batch in run.task.batches(run.epoch):
+            run.train_step(batch)
+        run.epoch, run.step = run.epoch + 1, 0
+
+    return job
 
 
 def file() -> Path:

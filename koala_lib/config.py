@@ -13,19 +13,21 @@ import torch
 from koala_lib import data, models
 from koala_lib.models.dcgan import GANS
 from koala_lib.models.language import LANGUAGE_MODELS
+from koala_lib.models.translation import TRANSLATION_MODELS
 from koala_lib.optimizers import OPTIMIZERS, OWN_FORWARD
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
 VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1, "apollo": 1}
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WRAPPERS = ("", "lookahead", "swa")
+WRAPPERS = ("", "lookahead", "swa", "switch")
 
 # The data sets and networks of each task.
 KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
     "classification": (data.DATASETS, models.MODELS),
     "gan": (data.DATASETS, GANS),
     "language_model": (data.TEXTS, LANGUAGE_MODELS),
+    "translation": (data.PAIRS, TRANSLATION_MODELS),
 }
 
 Arguments = Mapping[str, Any] | tuple[tuple[str, Any], ...]  # keywords as given, and as kept
@@ -49,10 +51,11 @@ class RunConfig:
         optimizer_args: its arguments.
         wrapper: ``"lookahead"`` (see :func:`koala_lib.optimizers.lookahead`), or ``"swa"``: the metrics are those of
             the mean of the weights at the end of epochs ``start``, ``start + every``, …, once there is one (Izmailov et
-            al., UAI 2018), with BatchNorm statistics taken anew on the training data.
+            al., UAI 2018), with BatchNorm statistics taken anew on the training data. Or ``"switch"``: from the start
+            of epoch ``epoch`` (counted from 0) on, the optimizer has the other options given, and keeps its state.
         wrapper_args: its options.
         epochs: passes over the training data.
-        batch_size: samples per step; the last incomplete batch of an epoch is dropped.
+        batch_size: samples per step; the last incomplete batch of an epoch is dropped, but not of translations.
         milestones: epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``.
         gamma: that factor.
         seed: seed of the initial weights, the order of the samples and the augmentation.

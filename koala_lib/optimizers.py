@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+from koala_lib.optim.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lib.optim.sdlbfgs import SdLBFGS
+from koala_lib.optim.svrg import Svrg
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
@@ -96,8 +98,14 @@ OPTIMIZERS: dict[str, Factory] = {
 # Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).
 SECOND_ORDER = frozenset({"adahessian"})
 
-# These run forward and backward themselves, since they need every sample's gradient.
-OWN_FORWARD: dict[str, Factory] = {"meka": Meka, "adameka": partial(Meka, direction="adam")}
+# These run forward and backward themselves, since they need more than the gradient of a minibatch.
+OWN_FORWARD: dict[str, Factory] = {
+    "meka": Meka,
+    "adameka": partial(Meka, direction="adam"),
+    "meka_previous_hessian": MekaPreviousHessian,
+    "meka_without_model_error": MekaWithoutModelError,
+    "svrg": Svrg,
+}
 
 
 def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options: Any) -> Optimizer:

@@ -251,6 +251,49 @@ def bounded_slopes(offset: float = 5.0, start: float = 1.0) -> FiniteSum:
     return FiniteSum(losses, (start,))
 
 
+# ---- for the theorems of APOLLO -------------------------------------------------------------------------------------
+
+_ONLINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # features, observations, x -> losses
+    "squares": lambda A, b, x: (A @ x - b) ** 2 / 2,
+    "logistic": lambda A, b, x: torch.nn.functional.softplus(-b.sign() * (A @ x)) + 0.01 * (x**2).sum(),
+    "alternating": lambda A, b, x: (A @ x - b) ** 2 * torch.where(torch.arange(len(b)) % 2 == 0, 0.45, 0.005),
+    "absolute": lambda A, b, x: ((A @ x - b) ** 2 + 1e-2).sqrt(),
+}
+
+
+def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> FiniteSum:
+    """A random convex online problem, whose loss of round t is the t-th of the sum.
+
+    Args:
+        kind: ``"squares"`` of a linear model; ``"alternating"``, the same with a curvature that changes by a factor of
+            90 from round to round; ``"absolute"`` errors, rounded off at zero; ``"logistic"`` losses with a small L2.
+        rounds: T.
+        n: number of weights; their features' scales go from 0.1 to 3.
+        seed: of features, observations and start.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scales = 10 ** torch.linspace(-1, 0.5, n, dtype=torch.float64)
+    A = torch.randn(rounds, n, generator=generator, dtype=torch.float64) * scales
+    b = A.sum(1) + 0.5 * torch.randn(rounds, generator=generator, dtype=torch.float64)
+    start = 2 * torch.randn(n, generator=generator, dtype=torch.float64)
+    return FiniteSum(lambda x: _ONLINE[kind](A, b, x), tuple(start.tolist()))
+
+
+def wells_slope(x: Tensor) -> Tensor:
+    """The gradient of f = sum_j x_j^2 / (1 + x_j^2), which is nonconvex with bounded slopes; elementwise."""
+    return 2 * x / (1 + x**2) ** 2
+
+
+def noisy_wells(generator: torch.Generator) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
+    """Round t, x (n,) -> f and its gradient with noise that is uniform in [-1, 1]; f as in :func:`wells_slope`."""
+
+    def oracle(t: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
+        return (x**2 / (1 + x**2)).sum(), wells_slope(x) + noise
+
+    return oracle
+
+
 # ---- the noisy quadratic of MEKA -----------------------------------------------------------------------------------
 
 

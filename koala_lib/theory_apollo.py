@@ -81,6 +81,7 @@ def online_run(
     sigma: float = 1.0,
     eps: float = 1e-4,
     monotone: bool = True,
+    ceiling: float = math.inf,
 ) -> OnlineRun:
     """Algorithm 1 as the theorems have it, for one tensor.
 
@@ -93,6 +94,8 @@ def online_run(
         sigma: the floor.
         eps: epsilon of the update of B, as printed.
         monotone: raise D_t to D_{t-1} eta_t / eta_{t-1} where it is smaller, which is the theorems' condition.
+        ceiling: cut D_t off there, the condition |D_t|_inf < L of Theorem 3. Without it D_t may become as large as a
+            difference of noisy gradients over a tiny d, and once large, a monotone D_t / eta_t keeps it so.
 
     >>> run = online_run(lambda t, x: (x.sum(), torch.ones_like(x)), torch.zeros(1).double(), 4, lr=1.0, beta=0.0)
     >>> run.points.flatten()  # a constant slope has no curvature: steps 1 / sqrt t
@@ -110,7 +113,7 @@ def online_run(
         weak_secant_update([B], [d], [change], eps)
         m = m + change
         least = D * (eta / previous_eta) if monotone else torch.zeros_like(D)
-        D = torch.maximum(B.abs().clamp(min=sigma), least)
+        D = torch.maximum(B.abs().clamp(min=sigma), least).clamp(max=ceiling)
         d = m / D
         rows.append((theta, loss, g, D, theta.new_tensor(eta), theta.new_tensor(beta_t)))
         theta = theta - eta * d

@@ -123,9 +123,9 @@ def _training_set(run: _Run) -> Iterable[Any]:
 
 
 def _batches(run: _Run) -> Iterator[Any]:
-    """Epoch after epoch, with the schedule."""
-    run.task.network.train()
+    """Epoch after epoch, with schedule and switch."""
     while True:
+        run.begin_epoch()
         yield from run.task.batches(run.epoch)
         run.schedulers["network"].step()
         run.epoch += 1

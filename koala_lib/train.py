@@ -25,9 +25,13 @@ from torch.optim import swa_utils
 
 from koala_lib import paths, tasks
 from koala_lib.config import RunConfig
+from koala_lib.optim import Meka
+from koala_lib.optim.svrg import Svrg
 from koala_lib.optimizers import OWN_FORWARD, create, lookahead
 
 __all__ = ["RunConfig", "RunResult", "train"]
+
+FILTER_MEANS = ("step_size", "model_error", "value_variance")  # of MEKA's filter, means over an epoch's steps
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class RunResult:
     """What a run measured.
 
     ``epochs`` holds one dict per epoch: the task's training losses (means over the epoch's batches, each at its own
-    step), its test metrics (of the posterior weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
+    step), for MEKA also the means of its step sizes and of the filter's ``model_error`` and ``value_variance``, the
+    task's test metrics (of the posterior weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
     step whose loss was not finite. ``provenance`` says where and with what, ``pictures`` holds PNG files in base64.
     """
 
@@ -108,7 +113,7 @@ def train(
         run.load(checkpoint)
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     while run.epoch < config.epochs and run.failed_step is None:
-        run.task.network.train()
+        run.begin_epoch()
         for batch in run.task.batches(run.epoch, run.step):
             run.train_step(batch)
             if on_step is not None:
@@ -139,12 +144,15 @@ class _Run:
                 raise ValueError(f"wrapper='lookahead' calls step(closure), which optimizer={config.optimizer!r} lacks")
             self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
         self.average = _Average(self.task.network, config.epochs, **options) if wrapper == "swa" else None
+        self.switch = self._switch(**options) if wrapper == "switch" else (-1, {})
         self.schedulers = {
             name: torch.optim.lr_scheduler.MultiStepLR(optimizer, [*config.milestones], gamma=config.gamma)
             for name, optimizer in self.optimizers.items()
         }
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
-        self.loss_sums = torch.zeros(len(self.task.losses), device=device)
+        self.filters = [o for o in self.optimizers.values() if isinstance(o, Meka)]
+        self.names = [*self.task.losses, *(FILTER_MEANS if self.filters else ())]
+        self.sums = torch.zeros(len(self.names), device=device)
         self.bad_step = torch.full((), -1, device=device)
         self.failed_step: int | None = None
         self.epochs: list[dict[str, float]] = []
@@ -154,19 +162,38 @@ class _Run:
     def steps_done(self) -> int:
         return self.epoch * self.task.steps_per_epoch + self.step
 
+    def _switch(self, *, epoch: int, **changes: Any) -> tuple[int, dict[str, Any]]:
+        if type(epoch) is not int or not 0 <= epoch < self.config.epochs:
+            raise ValueError(f"switch needs an epoch from 0 to {self.config.epochs - 1}, got {epoch!r}")
+        for part in self.task.parts.values():  # the optimizer itself says what is wrong with the new options
+            create(self.config.optimizer, part, self.task.loss_fn, **(dict(self.config.optimizer_args) | changes))
+        return epoch, changes
+
+    def begin_epoch(self) -> None:
+        """Also called in the middle of an epoch, by a run that goes on from a checkpoint."""
+        self.task.network.train()
+        if self.epoch == self.switch[0]:
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:
+                    group.update(self.switch[1])
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, Svrg) and self.step == 0:
+                optimizer.take_snapshot(self.task.batches(self.epoch))
+
     def train_step(self, batch: Any) -> None:
         losses = self.task.step(batch, self.optimizers)
         first_bad = (self.bad_step < 0) & ~torch.isfinite(losses).all()
         self.bad_step = torch.where(first_bad, self.steps_done, self.bad_step)
-        self.loss_sums += losses
+        filters = [optimizer.entries(FILTER_MEANS).to(losses.dtype) for optimizer in self.filters]
+        self.sums += torch.cat([losses, *filters])
         self.step += 1
 
     def end_epoch(self) -> None:
         lr = float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
         for scheduler in self.schedulers.values():
             scheduler.step()
-        means, bad = (self.loss_sums / self.task.steps_per_epoch).tolist(), int(self.bad_step.item())
-        metrics = {**dict(zip(self.task.losses, means, strict=True)), **self.evaluate(), "lr": lr}
+        means, bad = (self.sums / self.task.steps_per_epoch).tolist(), int(self.bad_step.item())
+        metrics = {**dict(zip(self.names, means, strict=True)), **self.evaluate(), "lr": lr}
         if bad < 0 and not all(math.isfinite(v) for v in metrics.values()):
             bad = self.steps_done - 1  # finite training losses, yet the weights overflowed by the last step
         if bad >= 0:
@@ -174,7 +201,7 @@ class _Run:
         else:
             self.epochs.append({k: float(f"{v:.6g}") for k, v in metrics.items()})
         self.epoch, self.step = self.epoch + 1, 0
-        self.loss_sums = torch.zeros_like(self.loss_sums)
+        self.sums = torch.zeros_like(self.sums)
 
     def evaluate(self) -> dict[str, float]:
         network = self.task.network
@@ -194,7 +221,7 @@ class _Run:
             "schedulers": {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()},
             "average": self.average.network.state_dict() if self.average else None,
             "counters": [self.epoch, self.step],
-            "sums": [self.loss_sums, self.bad_step],
+            "sums": [self.sums, self.bad_step],
             "epochs": self.epochs,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
@@ -216,7 +243,7 @@ class _Run:
         if self.average:
             self.average.network.load_state_dict(state["average"])
         self.epoch, self.step = state["counters"]
-        self.loss_sums, self.bad_step = state["sums"]
+        self.sums, self.bad_step = state["sums"]
         self.epochs, self.seconds = state["epochs"], state["seconds"]
         torch.set_rng_state(state["rng"].cpu())
         if state["rng_cuda"] is not None:
@@ -232,6 +259,7 @@ class _Run:
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "weights_sha256": digest.hexdigest()[:16],
             "seconds": float(f"{self.seconds:.4g}"),
+            **self.task.provenance(),
         }
         status = "done" if self.failed_step is None else "failed"
         pictures = self.task.pictures() if status == "done" else {}

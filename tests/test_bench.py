@@ -18,6 +18,7 @@ from koala_lib.optim import KoalaM
 from koala_lib.optimizers import OPTIMIZERS
 from koala_lib.timing import interleave, now
 from koala_lib.traffic import Factory, Traffic, memory, step, traffic
+from koala_lib.train import RunConfig, _Run, train
 
 # ---------------------------------------------------------------- time
 
@@ -433,3 +434,13 @@ def test_sections_are_kept_with_their_provenance(
     assert "exponents of one: 1.000" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "bench.json").read_text())) == ["cpu"]
     assert runs.Store(tmp_path / "runs").get("no such key") is None  # which looks through the committed results
+
+
+def test_a_timed_epoch_is_an_epoch_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"optimizer_args": {"lr": 0.1}, "epochs": 2, "batch_size": 64, "train_size": 320}
+    config = RunConfig(dataset="digits", model="mlp_100", optimizer="svrg", **options)
+    run = _Run(config, torch.device("cpu"))
+    monkeypatch.setattr(bench, "_Run", lambda *given: run)
+    job = bench.epoch(config)
+    job(), job()
+    assert run.result().provenance["weights_sha256"] == train(config).provenance["weights_sha256"]

@@ -121,7 +121,7 @@ def test_mnist5k(folder: Path) -> None:
     assert len(every) == 5000, "an image is in both splits, or lost"
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist5k", "fashion-mnist", "mnist5k-t10k", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "imagenet32"])
 def test_registry_statistics_are_those_of_the_training_images(name: str) -> None:
     if find(name) is None:
         pytest.skip(f"no copy of {name} in KOALA_DATA")
@@ -274,6 +274,7 @@ IDENTITIES = {
     "digits": "3930513dcf28",
     "mnist5k": "d7bcedb5e8d1",
     "mnist5k-t10k": "66d156e7bed8",
+    "mnist": "a2ecf0d31201",
     "fashion-mnist": "f152ff3284f8",
     "cifar10": "7fceb45844c2",
     "cifar100": "e70c1125f74a",
@@ -409,7 +410,7 @@ def test_damaged_npz_is_named_and_nothing_is_unpickled(folder: Path, case: str) 
 # --- where data sets are looked for -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist", "imagenet32", "mnist5k-t10k"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist", "imagenet32", "mnist", "mnist5k-t10k"])
 def test_missing_data_say_what_to_do(folder: Path, name: str) -> None:
     with pytest.raises(data.DataError) as caught:
         data.load(name)

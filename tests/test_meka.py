@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lib import problems
 from koala_lib.optim.meka import Meka, _dot
+from koala_lib.optim.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lib.optim.reference_meka import ReferenceMeka
 
 F64 = torch.float64
@@ -128,6 +129,52 @@ def test_meka_follows_its_twin(options: dict[str, Any]) -> None:
         assert fast.skipped_steps == slow.skipped_steps
     assert slow.skipped_steps == 2
     assert bool(slow.theta.isfinite().all())
+
+
+VARIANTS: dict[str, tuple[Callable[..., Meka], dict[str, Any]]] = {
+    "previous": (MekaPreviousHessian, {"hessian": "previous"}),
+    "previous_current_samples": (
+        lambda *args, **options: MekaPreviousHessian(*args, minibatch="current", **options),
+        {"hessian": "previous_current_samples"},
+    ),
+    "without_model_error": (MekaWithoutModelError, {"model_error": False}),
+}
+
+
+@pytest.mark.parametrize("rule", ["constant", "pi"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variants_follow_their_twins(variant: str, rule: str) -> None:
+    create, changes = VARIANTS[variant]
+    options: dict[str, Any] = {"lr": 0.3, "step_size": rule, "smoothing": 0.5, "prior_variance": 0.02}
+    net, plain = Net(), Net()
+    fast, slow = create(net, squared, **options), ReferenceMeka(weights(net), slow_loss, **options, **changes)
+    for k in range(8):
+        if k == 5:  # a checkpoint between two steps
+            saved = io.BytesIO()
+            torch.save(fast.state_dict(), saved)
+            saved.seek(0)
+            fast = create(net, squared, **options)
+            fast.load_state_dict(torch.load(saved, weights_only=True))
+        fast.step(*batch(k))
+        slow.step(list(zip(*batch(k), strict=True)))
+        torch.testing.assert_close(weights(net), slow.theta, rtol=1e-9, atol=1e-11)
+        assert fast.filter_state() == pytest.approx(symbols(slow), rel=1e-8, abs=1e-20), f"step {k}"
+    advance(plain, Meka(plain, squared, **options), range(8))
+    same = torch.allclose(weights(plain), slow.theta, rtol=1e-6)
+    assert same == (variant == "without_model_error" and rule == "constant")  # there the filter of the loss is idle
+
+
+def test_the_hessian_of_a_quadratic_is_the_same_before_and_after_the_step() -> None:
+    nets, loss_fn = [line(), line()], lambda outputs, targets: (outputs - targets).square().sum(1) / 2
+    fast = [Meka(nets[0], loss_fn, 0.3), MekaPreviousHessian(nets[1], loss_fn, 0.3, minibatch="current")]
+    for k in range(5):
+        first, second = (optimizer.step(*targets_of(k, 1.0, 2.0)) for optimizer in fast)
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+
+
+def test_an_unknown_minibatch_is_refused() -> None:
+    with pytest.raises(ValueError, match="minibatch"):
+        MekaPreviousHessian(Net(), squared, minibatch="next")
 
 
 def test_negative_curvature_and_the_cap_happened() -> None:

@@ -1,4 +1,4 @@
-"""Images and texts: found or downloaded, verified, kept as one tensor on the device (uint8 pixels, int64 tokens).
+"""Images, texts and pairs of sentences: found or downloaded, verified, kept as tensors on the device.
 
 Nothing is parsed before its checksum has been compared with the published one. A copy whose checksum differs is
 refused, unless the caller allows it; then the ``tag`` and ``identity`` of what is loaded say so.
@@ -8,29 +8,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from koala_lib.data.files import Copy, contents, fetch, identity, row
+from koala_lib.data.files import Copy, contents, fetch, identity, row_of
 from koala_lib.data.formats import Array, DataError, balanced_order
 from koala_lib.data.iteration import batches, epoch_generator, num_batches
+from koala_lib.data.pairs import PAIRS, Lines, Pairs, Sentences, learn, tokenized
 from koala_lib.data.registry import DATASETS, Augmentation, Dataset
 from koala_lib.data.text import TEXTS, Text, encode
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 __all__ = [
     "DATASETS",
+    "PAIRS",
     "TEXTS",
     "Augmentation",
     "DataError",
     "ImageData",
+    "PairData",
+    "Sentences",
     "TextData",
     "batches",
     "epoch_generator",
     "fetch",
     "identity",
     "load",
+    "load_pairs",
     "load_text",
     "num_batches",
 ]
@@ -109,9 +118,7 @@ def load(
     >>> digits.train_images.shape, len(digits.test_images)
     (torch.Size([1297, 1, 8, 8]), 500)
     """
-    dataset = row(name)
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{name} is a text; load it with load_text")
+    dataset = row_of(name, Dataset)
     copy = fetch(name, allow_unverified=allow_unverified)
     train, test = dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
     if train_size is not None:
@@ -195,9 +202,7 @@ def load_text(
     >>> text.unit, text.train.shape
     ('character', torch.Size([1000]))
     """
-    text = row(name)
-    if not isinstance(text, Text):
-        raise ValueError(f"{name} holds images; load it with load")
+    text = row_of(name, Text)
     copy = fetch(name, allow_unverified=allow_unverified)
     (train, validation, test), vocabulary = _encoded(name, text, copy)
     if train_size is not None and not 0 < train_size <= len(train):
@@ -218,3 +223,93 @@ def load_text(
 @lru_cache(maxsize=2)  # every run of a grid asks for the same text
 def _encoded(name: str, text: Text, copy: Copy) -> tuple[list[Array], tuple[str, ...]]:
     return encode(text, contents(name, copy))
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Pairs of sentences on a device.
+
+    Attributes
+    ----------
+    train, validation, test
+        Source and target sentences.
+    test_lines
+        Source and target of the test part as text.
+    tokenizer
+        From text to tokens and back.
+    name, title, tag, identity
+        As in :class:`ImageData`.
+    """
+
+    train: tuple[Sentences, Sentences]
+    validation: tuple[Sentences, Sentences]
+    test: tuple[Sentences, Sentences]
+    test_lines: tuple[Lines, Lines]
+    tokenizer: Tokenizer
+    name: str
+    title: str
+    tag: str
+    identity: str
+
+
+def load_pairs(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    train_size: int | None = None,
+    allow_unverified: bool | None = None,
+) -> PairData:
+    """Load pairs of sentences onto a device, downloading them where necessary.
+
+    Parameters
+    ----------
+    name
+        A name in :data:`PAIRS`.
+    device
+        Where the tokens go.
+    train_size
+        Number of pairs, from the beginning of the training part. ``None``: all of it.
+    allow_unverified
+        As in :func:`load`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a ``train_size`` that the training part does not have.
+    DataError
+        If the data set is missing, not verified or damaged.
+
+    Examples
+    --------
+    >>> pairs = load_pairs("numbers", train_size=1000)
+    >>> len(pairs.train[0]), pairs.test_lines[0][0], pairs.test_lines[1][0]
+    (1000, '', '')
+    """
+    row = row_of(name, Pairs)
+    copy = fetch(name, allow_unverified=allow_unverified)
+    parts, test_lines, tokenizer = _pairs(name, row, copy)
+    size = len(parts[0][0])
+    if train_size is not None and not 0 < train_size <= size:
+        raise ValueError(f"train_size must be between 1 and {size} on {row.title}, got {train_size}")
+    train, validation, test = ((source.to(device), target.to(device)) for source, target in parts)
+    return PairData(
+        train=(train[0].first(train_size), train[1].first(train_size)),
+        validation=validation,
+        test=test,
+        test_lines=test_lines,
+        tokenizer=tokenizer,
+        name=name,
+        title=row.title,
+        tag=copy.tag,
+        identity=copy.identity,
+    )
+
+
+@lru_cache(maxsize=1)  # every run of a grid asks for the same pairs
+def _pairs(
+    name: str, row: Pairs, copy: Copy
+) -> tuple[list[tuple[Sentences, Sentences]], tuple[Lines, Lines], Tokenizer]:
+    parts = row.parse(contents(name, copy))
+    tokenizer = learn(row, parts[0])
+    encoded = [(tokenized(tokenizer, source), tokenized(tokenizer, target)) for source, target in parts]
+    return encoded, parts[-1], tokenizer

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from koala_lib import paths
 from koala_lib.data.formats import Contents, DataError, reading
+from koala_lib.data.pairs import PAIRS, Pairs
 from koala_lib.data.registry import DATASETS, Dataset, File
 from koala_lib.data.text import TEXTS, Text
+
+Row = Dataset | Text | Pairs
+Kind = TypeVar("Kind", Dataset, Text, Pairs)
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,21 @@ class Copy:
     tag: str
 
 
-def row(name: str) -> Dataset | Text:
+def row(name: str) -> Row:
     """Return the row of one of the registries, or raise ``ValueError`` with the nearest known name."""
-    rows: dict[str, Dataset | Text] = {**DATASETS, **TEXTS}
+    rows: dict[str, Row] = {**DATASETS, **TEXTS, **PAIRS}
     if name not in rows:
         near = difflib.get_close_matches(name, rows, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown data set {name!r}; did you mean {near!r}? Known: {', '.join(rows)}")
     return rows[name]
+
+
+def row_of(name: str, kind: type[Kind]) -> Kind:
+    """Return the row of one registry; ``ValueError`` says how a data set of another one is loaded."""
+    found = row(name)
+    if not isinstance(found, kind):
+        raise ValueError(f"{name} {found.loader}")
+    return found
 
 
 def identity(name: str, *, allow_unverified: bool | None = None) -> str:
@@ -49,7 +61,7 @@ def identity(name: str, *, allow_unverified: bool | None = None) -> str:
     Parameters
     ----------
     name
-        A name in :data:`DATASETS` or :data:`TEXTS`.
+        A name in :data:`DATASETS`, :data:`TEXTS` or :data:`PAIRS`.
     allow_unverified
         As in :func:`koala_lib.data.load`.
 

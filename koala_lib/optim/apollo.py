@@ -97,7 +97,8 @@ def _update(
     new = _directions(means, curvatures, sigma)
     if directions:
         new = list(torch._foreach_add(new, params, alpha=weight_decay))
-        torch._foreach_copy_(directions, new)
+        for stored, d in zip(directions, new, strict=True):
+            stored.copy_(d)
     subtract(params, new, rates)
 
 

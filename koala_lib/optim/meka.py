@@ -10,7 +10,7 @@ with full matrices and slow loops in the paper's symbols.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +194,7 @@ class Meka(ScalarFilter):
         """
         named = self._named_parameters()
         means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
-        observed = self._moments(inputs, targets, named, moves)
+        observed = self._observe(inputs, targets, named, moves)
         entries = self._entries()
         missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
 
@@ -206,7 +206,7 @@ class Meka(ScalarFilter):
         m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
         p = entries["variance"]
         predicted = kalman.predict_value(entries["value"], entries["value_variance"], m_d, d_b, p * d_d, q * d_d)
-        u, s, error = kalman.condition_value(*predicted, observed.loss, r)
+        u, s, error = self._condition_value(*predicted, observed.loss, r)
         entries |= {"value": u, "value_variance": s, "model_error": error}
 
         p = kalman.predict_position(p, q)
@@ -276,6 +276,13 @@ class Meka(ScalarFilter):
             state["displacement"].copy_(torch.where(usable, move, state["displacement"]))
             p.add_(torch.where(usable, move, 0.0))
 
+    # what the variants in meka_variants.py do otherwise
+    _condition_value = staticmethod(kalman.condition_value)
+
+    def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> _Observed:
+        """The minibatch at the weights as they are, with its Hessian there times the last displacement."""
+        return self._moments(inputs, targets, named, moves)
+
     def _moments(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], direction: list[Tensor]) -> _Observed:
         along = dict(zip(named, direction, strict=True))
         with torch.enable_grad():
@@ -315,6 +322,10 @@ class Meka(ScalarFilter):
         hidden = self._hidden + (self._of_rules if constant else ())
         values = zip(self.filter_entries, self._filter().tolist(), strict=True)
         return {name: value for name, value in values if name not in hidden}
+
+    def entries(self, names: Sequence[str]) -> Tensor:
+        """Entries of :meth:`filter_state` as a float64 vector that stays on the device."""
+        return self._filter()[[self.filter_entries.index(name) for name in names]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         models = set(self.model.parameters())

@@ -101,6 +101,9 @@ class ReferenceMeka:
     sample_loss : (theta, sample) -> 0-dim loss of one sample
     covariance : "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
         practice; "full" is section 2 as written and exists here only
+    hessian : "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
+        minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
+    model_error : whether lam follows (22), or is 0 throughout
     others : as in :class:`koala_lib.optim.meka.Meka`
     """
 
@@ -117,7 +120,11 @@ class ReferenceMeka:
         prior_variance: float = 1e4,
         curvature_smoothing: float = 0.0,
         covariance: Literal["scalar", "full"] = "scalar",
+        hessian: Literal["current", "previous", "previous_current_samples"] = "current",
+        model_error: bool = True,
     ) -> None:
+        self.hessian, self.model_error = hessian, model_error
+        self.last_batch: Sequence[Any] = ()
         self.theta, self.sample_loss, self.lr = theta, sample_loss, lr
         self.rule, self.direction, self.beta = step_size, direction, smoothing
         self.alpha_max, self.covariance = max_step_size, covariance
@@ -148,6 +155,10 @@ class ReferenceMeka:
         """One step on a minibatch; the mean loss before it."""
         M, d, m, P = len(batch), self.d, self.m, self.P
         losses, gradients, products = self._samples(batch, d)
+        if self.hessian != "current":
+            old = self.last_batch if self.hessian == "previous" and self.last_batch else batch
+            products = self._samples(old, d, at=self.theta - d)[2]
+            self.last_batch = batch
         y, g, b = float(losses.mean()), gradients.mean(0), products.mean(0)
         if not all(bool(t.isfinite().all()) for t in (losses, gradients, products)):
             self.skipped_steps += 1
@@ -160,7 +171,7 @@ class ReferenceMeka:
         # the loss, from m, P, u, s of the step before (16)-(22)
         predicted = self.u + float(m @ d) + float(d @ b) / 2
         c = self.s + float(d @ P @ d) + float(d @ Q @ d) / 4 + r
-        self.lam = max((y - predicted) ** 2 - c, 0.0)
+        self.lam = max((y - predicted) ** 2 - c, 0.0) if self.model_error else 0.0
         s = self.lam + c - r
         gamma = s / (s + r)
         self.u = (1 - gamma) * predicted + gamma * y
@@ -178,11 +189,13 @@ class ReferenceMeka:
         self.theta += self.d
         return y
 
-    def _samples(self, batch: Sequence[Any], direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, gradient and Hessian times direction of every sample, (M,), (M, n) and (M, n)."""
+    def _samples(
+        self, batch: Sequence[Any], direction: Tensor, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, gradient and Hessian times direction of every sample, (M,), (M, n) and (M, n); at theta by default."""
         rows = []
         for sample in batch:
-            theta = self.theta.detach().clone().requires_grad_()
+            theta = (self.theta if at is None else at).detach().clone().requires_grad_()
             loss = self.sample_loss(theta, sample)
             (g,) = torch.autograd.grad(loss, theta, create_graph=True)
             (h,) = torch.autograd.grad(g @ direction, theta)

@@ -9,6 +9,7 @@ from koala_lib.tasks._base import Task, options
 from koala_lib.tasks.classification import Classification
 from koala_lib.tasks.gan import Gan
 from koala_lib.tasks.language_model import LanguageModel
+from koala_lib.tasks.translation import Translation
 
 __all__ = ["TASKS", "Task", "create"]
 
@@ -16,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "gan": Gan,
     "language_model": LanguageModel,
+    "translation": Translation,
 }
 
 

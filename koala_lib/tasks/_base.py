@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
 from koala_lib.optim import Meka
+from koala_lib.optim.svrg import Svrg
 from koala_lib.optimizers import SECOND_ORDER
 
 
@@ -26,6 +31,7 @@ class Task(ABC):
         network: everything that is trained.
         parts: the modules that get an optimizer of their own each; of one network, ``"network"``.
         steps_per_epoch: number of batches of an epoch.
+        clip_norm: the gradient is shortened to this norm where it is longer, before the optimizer sees it; 0: never.
         loss_fn: losses of the samples, shape ``(B,)``, of the network's outputs and of targets, if a batch is a pair of
             inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
@@ -37,6 +43,7 @@ class Task(ABC):
     network: nn.Module
     parts: Mapping[str, nn.Module]
     steps_per_epoch: int
+    clip_norm: float = 0.0
     loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @abstractmethod
@@ -53,9 +60,10 @@ class Task(ABC):
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
         """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
         optimizer = optimizers["network"]
-        if isinstance(optimizer, Meka):
+        if isinstance(optimizer, Meka | Svrg):
             return optimizer.step(*batch).reshape(1)
-        return closure_step(optimizer, lambda: self.sample_losses(batch), create_graph=self.second_order).reshape(1)
+        losses_of = partial(self.sample_losses, batch)
+        return closure_step(optimizer, losses_of, clip_norm=self.clip_norm, create_graph=self.second_order).reshape(1)
 
     @property
     def second_order(self) -> bool:
@@ -77,6 +85,10 @@ class Task(ABC):
         """Small pictures of the trained network, base64 PNG by name."""
         return {}
 
+    def provenance(self) -> dict[str, Any]:
+        """What the provenance of a result should hold beside what it has for every task."""
+        return {}
+
 
 def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
     """The ``task_args`` of a configuration, refused where the task does not have them."""
@@ -94,12 +106,21 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
-def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor], *, create_graph: bool = False) -> Tensor:
+def check_clip_norm(clip_norm: float) -> None:
+    """Refuse what is no finite number >= 0."""
+    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
+        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
+
+
+def closure_step(
+    optimizer: Optimizer, losses_of: Callable[[], Tensor], *, clip_norm: float = 0.0, create_graph: bool = False
+) -> Tensor:
     """One step on per-sample losses, in the protocol that all optimizers understand.
 
     Args:
         optimizer: any optimizer.
         losses_of: computes the losses, shape ``(B,)``, at the weights as they are when it is called.
+        clip_norm: as in :class:`Task`.
         create_graph: keep the graph of the gradients, for an optimizer that differentiates them.
 
     Returns:
@@ -108,8 +129,12 @@ def closure_step(optimizer: Optimizer, losses_of: Callable[[], Tensor], *, creat
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        losses = losses_of()
+        # The fused kernels of attention have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
+            losses = losses_of()
         losses.mean().backward(create_graph=create_graph)  # type: ignore[no-untyped-call]
+        if clip_norm:
+            nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
         return losses
 
     # KOALA returns the mean loss, torch's optimizers what the closure returned.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from koala_lib import data, models
 from koala_lib.config import RunConfig
 from koala_lib.data.formats import balanced_order
+from koala_lib.moments import sample_moments
 from koala_lib.tasks._base import Task, autocast
 
 Batch = tuple[Tensor, Tensor]
@@ -28,12 +29,17 @@ class Classification(Task):
         device: where it runs.
         validation_size: so many class-balanced samples of the training set are held out, beside the ``train_size``
             that are trained on; for choosing hyper-parameters, which must not see the test set.
+        landscape_size: the metrics also say how the training loss looks where the network is, on so many class-balanced
+            training samples without augmentation: ``curvature``, g^T H g / g^T g along their mean gradient g, and
+            ``gradient_variance``, between samples, averaged over the weights. As in Figure 7 of the MEKA paper.
 
     Raises:
-        ValueError: if a batch is larger than the training set, or ``validation_size`` is impossible.
+        ValueError: if a batch is larger than the training set, or one of the sizes is impossible.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, *, validation_size: int = 0) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, *, validation_size: int = 0, landscape_size: int = 0
+    ) -> None:
         if type(validation_size) is not int or validation_size < 0:
             raise ValueError(f"validation_size must be a whole number >= 0, got {validation_size!r}")
         self.config, self.device = config, device
@@ -58,6 +64,7 @@ class Classification(Task):
         self.parts = {"network": self.network}
         if config.precision == "float32":
             self.loss_fn = partial(nn.functional.cross_entropy, reduction="none")
+        self._landscape_samples = self._landscape_batch(landscape_size) if landscape_size else None
         self._forward: Callable[[Tensor, Tensor], Tensor] = self._losses
         if device.type == "cuda" and not self.second_order:  # what is compiled has no second derivative
             self._forward = torch.compile(self._losses)
@@ -95,7 +102,26 @@ class Classification(Task):
             loss_sum, first, five = (sums / len(labels)).tolist()
             metrics[f"{name}_loss"] = loss_sum
             metrics |= {f"{name}_error": 100 * (1 - first), f"{name}_error_top5": 100 * (1 - five)}
-        return metrics
+        return metrics | self._landscape(network)
+
+    def _landscape_batch(self, size: int) -> Batch:
+        images, labels = self.data.train_images, self.data.train_labels
+        if self.loss_fn is None or type(size) is not int or not 2 <= size <= len(labels):
+            raise ValueError(f"landscape_size={size!r}: needs 2 to {len(labels)} training samples, and float32")
+        order = torch.from_numpy(balanced_order(labels.numpy(force=True)))[:size].to(labels.device)
+        chosen, mean, std = images[order], self.data.mean, self.data.std
+        [batch] = data.batches(chosen, labels[order], size, mean=mean, std=std)
+        return batch
+
+    def _landscape(self, network: nn.Module) -> dict[str, float]:
+        if self._landscape_samples is None:
+            return {}
+        assert self.loss_fn is not None
+        g = sample_moments(network, self.loss_fn, *self._landscape_samples).gradient
+        moments = sample_moments(network, self.loss_fn, *self._landscape_samples, g)
+        assert moments.hvp is not None
+        along, square = (sum(float((g[n] * t).sum()) for n, t in ts.items()) for ts in (moments.hvp, g))
+        return {"curvature": along / square, "gradient_variance": float(moments.gradient_variance)}
 
 
 def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Batch]:

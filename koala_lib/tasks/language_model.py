@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from koala_lib import data
 from koala_lib.config import RunConfig
 from koala_lib.models.language import LANGUAGE_MODELS, State
-from koala_lib.tasks._base import Task, autocast
+from koala_lib.tasks._base import Task, autocast, check_clip_norm
 
 COLUMNS = 16  # of validation and test text, read side by side
 
@@ -65,7 +65,8 @@ class LanguageModel(Task):
         pieces: int = 0,
         evaluation_size: int = 0,
     ) -> None:
-        _check(config, sequence_length, clip_norm)
+        _check(config, sequence_length)
+        check_clip_norm(clip_norm)
         for name, value in (("pieces", pieces), ("evaluation_size", evaluation_size)):
             if type(value) is not int or value < 0 or value == 1:
                 raise ValueError(f"{name} must be 0 or a whole number >= 2, got {value!r}")
@@ -108,19 +109,7 @@ class LanguageModel(Task):
         return nats.mean(1)
 
     def step(self, batch: Window, optimizers: Mapping[str, Optimizer]) -> Tensor:
-        optimizer = optimizers["network"]
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            losses = self.sample_losses(batch)
-            losses.mean().backward()  # type: ignore[no-untyped-call]
-            if self.clip_norm:
-                nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
-            return losses
-
-        returned: Any = optimizer.step(closure)  # type: ignore[arg-type]
-        loss: Tensor = returned.detach().mean()
-        return loss * self._shares[batch.number]
+        return super().step(batch, optimizers) * self._shares[batch.number]
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -150,11 +139,9 @@ class LanguageModel(Task):
         self.state = tuple(state.values())
 
 
-def _check(config: RunConfig, sequence_length: int, clip_norm: float) -> None:
+def _check(config: RunConfig, sequence_length: int) -> None:
     if type(sequence_length) is not int or sequence_length < 1:
         raise ValueError(f"sequence_length must be a whole number >= 1, got {sequence_length!r}")
-    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
-        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
     if config.augment:
         raise ValueError("augment=True: there are no crops of a text")
 

@@ -319,9 +319,9 @@ def test_pieces_are_means_of_consecutive_steps() -> None:
     run = train._Run(config, torch.device("cpu"))
     run.task.network.train()
     for window in run.task.batches(0):
-        before = run.loss_sums.clone()
+        before = run.sums.clone()
         run.train_step(window)
-        seen.append((run.loss_sums - before)[0].item())
+        seen.append((run.sums - before)[0].item())
     run.end_epoch()
     got = [run.epochs[0][f"train_loss_{i}"] for i in (1, 2, 3)]
     parts = [seen[:4], seen[4:7], seen[7:]]

@@ -86,9 +86,9 @@ def start(n: int = 6) -> nn.Parameter:
 def test_it_is_dense_damped_bfgs(history: int, rate: float) -> None:
     x = start()
     optimizer = SdLBFGS([x], rate, history_size=history, delta=0.5)
-    path = steps(x, optimizer, 25)
+    path = steps(x, optimizer, 15)
     expected, matrices, damped = dense(path, rate, history, 0.5)
-    assert 3 <= damped <= 22, "the comparison means something"
+    assert 2 <= damped <= 13, "the comparison means something"
     for ours, theirs in zip(path, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(last_matrix(path, rate, history), optimizer.inverse_hessian(), rtol=1e-9, atol=1e-9)

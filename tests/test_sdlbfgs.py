@@ -82,7 +82,7 @@ def start(n: int = 6) -> nn.Parameter:
     return nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("history", "rate"), [(1, 0.2), (3, 0.2), (50, 0.2), (3, 0.1)])
+@pytest.mark.parametrize(("history", "rate"), [(1, 0.2), (3, 0.2), (50, 0.2), (5, 0.25)])
 def test_it_is_dense_damped_bfgs(history: int, rate: float) -> None:
     x = start()
     optimizer = SdLBFGS([x], rate, history_size=history, delta=0.5)

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from koala_lib import bench_meka, models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
@@ -158,33 +159,28 @@ def training_step(
     batch_size: int = 128,
     rounds: int = 5,
     contenders: Mapping[str, Factory] = TRAINED,
+    second_order: Collection[str] = (),
     device: str = "cpu",
 ) -> list[Row]:
     """Time whole training steps (forward, backward, optimizer) on random images of CIFAR's shape.
 
     All optimizers step one network, so that forward and backward are the same work; the first one is the base.
 
+    Args:
+        model: A network of :func:`koala_lib.models.build`.
+        batch_size: Images.
+        rounds: How many.
+        contenders: Optimizers by name.
+        second_order: Those that differentiate the gradients, for which backward keeps the graph.
+        device: torch device.
+
     Returns:
         One row an optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
         forward and backward; ``whole_percent``, the whole step over the base's in the same round; ``overhead_percent``,
         the optimizer's part less the base's, over the base's whole step, which leaves out the noise of the rest.
     """
-    torch.manual_seed(0)
-    network = image_network(model, device=device)
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(100, (batch_size,), device=device)
     gradients: list[float] = []  # seconds of forward and backward, in the order of the steps
-
-    def closure() -> Tensor:
-        start = now(device)
-        network.zero_grad()
-        losses = nn.functional.cross_entropy(network(images), labels, reduction="none")
-        losses.mean().backward()  # type: ignore[no-untyped-call]
-        gradients.append(now(device) - start)
-        return losses
-
-    params: list[Tensor] = list(network.parameters())
-    jobs = {name: partial(create(params).step, closure) for name, create in contenders.items()}
+    jobs = training_jobs(model, batch_size, contenders, second_order, gradients, device=device)
     whole = {name: np.array(t) for name, t in interleave(jobs, rounds, device=device).items()}
     own = {name: t - gradients[i :: len(jobs)][1:] for i, (name, t) in enumerate(whole.items())}
     base = next(iter(jobs))
@@ -196,6 +192,67 @@ def training_step(
         | spread("overhead_percent", 100 * (own[name] - own[base]) / whole[base])
         for name in whole
     ]
+
+
+def training_memory(
+    model: str = "resnet18",
+    *,
+    batch_size: int = 128,
+    contenders: Mapping[str, Factory] = TRAINED,
+    second_order: Collection[str] = (),
+) -> list[Row]:
+    """Count the memory of the second of two whole training steps; arguments as in :func:`training_step`.
+
+    Returns:
+        One row an optimizer: ``peak``, bytes of new tensors alive at once (activations, gradients, temporary ones; not
+        what is kept from step to step, nor kernels' own buffers), and ``weights``, bytes of those.
+    """
+    rows = []
+    for name, create in contenders.items():
+        params: list[Tensor] = []
+
+        def kept(listed: list[Tensor], create: Factory = create, params: list[Tensor] = params) -> Optimizer:
+            params.extend(listed)
+            return create(listed)
+
+        [job] = training_jobs(model, batch_size, {name: kept}, second_order, []).values()
+        job()
+        for p in params:
+            p.grad = None  # made anew in the step that counts
+        row = {"optimizer": name, "peak": bench_meka.peak(job)}
+        rows.append(row | {"weights": sum(p.numel() * p.element_size() for p in params)})
+    return rows
+
+
+def training_jobs(
+    model: str,
+    batch_size: int,
+    contenders: Mapping[str, Factory],
+    second_order: Collection[str],
+    gradients: list[float],
+    *,
+    device: str = "cpu",
+) -> dict[str, Callable[[], object]]:
+    """Jobs that train one network by a step of each optimizer; ``gradients`` takes in the seconds of forward and
+    backward."""
+    torch.manual_seed(0)
+    network = image_network(model, device=device)
+    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(100, (batch_size,), device=device)
+
+    def closure(create_graph: bool) -> Tensor:
+        start = now(device)
+        network.zero_grad()
+        losses = nn.functional.cross_entropy(network(images), labels, reduction="none")
+        losses.mean().backward(create_graph=create_graph)  # type: ignore[no-untyped-call]
+        gradients.append(now(device) - start)
+        return losses
+
+    params: list[Tensor] = list(network.parameters())
+    return {
+        name: partial(create(params).step, partial(closure, name in second_order))
+        for name, create in contenders.items()
+    }
 
 
 # ---------------------------------------------------------------- the command

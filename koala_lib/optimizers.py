@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
 from koala_lib.optim.meka_variants import MekaPreviousHessian, MekaWithoutModelError
+from koala_lib.optim.sdlbfgs import SdLBFGS
 from koala_lib.optim.svrg import Svrg
 
 Factory = Callable[..., Optimizer]
@@ -91,6 +92,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "adadelta": torch.optim.Adadelta,
     "radam": torch.optim.RAdam,
     "adahessian": _adahessian,
+    "sdlbfgs": SdLBFGS,
 }
 
 # Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).

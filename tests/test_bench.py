@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from koala_lib import bench, bench_meka, runs, timing
 from koala_lib.optim import KoalaM
+from koala_lib.optimizers import OPTIMIZERS
 from koala_lib.timing import interleave, now
 from koala_lib.traffic import Factory, Traffic, memory, step, traffic
 from koala_lib.train import RunConfig, _Run, train
@@ -152,7 +153,40 @@ def test_a_training_step_runs_with_the_real_optimizers() -> None:
     assert all(0 < r["optimizer_ms"] < 1e3 * r["seconds"] for r in rows)
 
 
+def test_an_optimizer_that_differentiates_the_gradients_gets_their_graph() -> None:
+    seen: dict[str, list[bool]] = {"plain": [], "second": []}
+
+    class Watching(torch.optim.SGD):
+        name = ""
+
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            seen[self.name].append(self.param_groups[0]["params"][0].grad.requires_grad)
+            return loss
+
+    def create(params: list[Tensor], name: str) -> Watching:
+        optimizer = Watching(params, lr=0.0)
+        optimizer.name = name
+        return optimizer
+
+    contenders = {name: lambda p, name=name: create(p, name) for name in seen}
+    bench.training_step("resnet8", batch_size=2, rounds=2, contenders=contenders, second_order=["second"])
+    assert seen == {"plain": [False] * 3, "second": [True] * 3}
+
+
 # ---------------------------------------------------------------- memory
+
+
+def test_memory_of_a_training_step_is_counted_in_its_second_step() -> None:
+    contenders = {
+        "sgd": lambda p: torch.optim.SGD(p, 0.0, momentum=0.9),
+        "adam": lambda p: torch.optim.Adam(p, 0.0, foreach=True),
+        "adahessian": lambda p: OPTIMIZERS["adahessian"](p, lr=1e-9),
+    }
+    rows = bench.training_memory("resnet8", batch_size=2, contenders=contenders, second_order=["adahessian"])
+    peak = {r["optimizer"]: r["peak"] / r["weights"] for r in rows}
+    assert rows[0]["weights"] == 4 * sum(p.numel() for p in bench.image_network("resnet8").parameters())
+    assert 1 < peak["sgd"] <= peak["adam"] < peak["adahessian"], "gradients alone are as large as the weights"
 
 
 def test_traffic_counts_what_operations_read_write_and_keep() -> None:

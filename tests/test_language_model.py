@@ -155,6 +155,38 @@ def test_a_transformer_refuses_what_it_cannot_read() -> None:
         network_of("transformer", heads=3)
 
 
+def test_an_adaptive_softmax_is_the_likelihood_of_its_tree() -> None:
+    network = network_of("lstm", hidden=32, cutoffs=(4, 7)).double()
+    x, y = tokens_of(3, 12)
+    hidden, _ = network.lstm(network.embedding(x))  # type: ignore[operator]
+    head, tails = network.output.head.weight, network.output.tail  # type: ignore[union-attr]
+    assert [tail[0].out_features for tail in tails] == [32 // 4, 32 // 16]  # type: ignore[index, union-attr]
+
+    def nats(h: Tensor, token: int) -> Tensor:
+        first = torch.log_softmax(head @ h, 0)  # four tokens and two clusters of tokens
+        if token < 4:
+            return -first[token]
+        cluster = int(token >= 7)
+        inner = torch.log_softmax(tails[cluster][1].weight @ tails[cluster][0].weight @ h, 0)  # type: ignore[index]
+        return -first[4 + cluster] - inner[token - (4, 7)[cluster]]
+
+    expected = torch.stack([nats(hidden[i, t], int(y[i, t])) for i in range(3) for t in range(12)]).view(3, 12)
+    got, _ = network(x, y)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(network.float()(x, y)[0].double(), expected, rtol=0.05, atol=0.05)
+    y = y.clone()
+    y[1, 3:] = -1
+    assert torch.equal(network(x, y)[0][y < 0], torch.zeros(9)), "what fills up a column costs nothing"
+
+
+def test_an_adaptive_softmax_has_no_weights_to_tie() -> None:
+    with pytest.raises(ValueError, match=r"no weights to tie: tied=True with cutoffs=\[4\]"):
+        network_of("lstm", embedding=12, tied=True, cutoffs=(4,))
+    with pytest.raises(ValueError, match="cutoffs"):
+        network_of("lstm", cutoffs=(4, 30))
+
+
 # --- windows ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +199,7 @@ def test_windows_predict_every_token_but_the_first_once(size: int, columns: int,
         real = window.targets >= 0
         assert torch.equal(window.targets[real], window.tokens[real] + 1), "shifted by one"
         assert window.tokens.shape == window.targets.shape == (columns, window.tokens.shape[1])
-        assert window.first == (previous is None)
+        assert window.number == (0 if previous is None else previous.number + 1)
         if previous is not None:  # each row goes on where it stopped
             goes_on = previous.targets[:, -1] >= 0
             both = goes_on & real[:, 0]
@@ -188,7 +220,7 @@ def test_training_batches_cover_the_text_in_columns() -> None:
         targets = torch.cat([b.targets[row] for b in batches]).tolist()
         assert tokens == text[start : start + 7 * 16]
         assert targets == text[start + 1 : start + 7 * 16 + 1]
-    assert [b.first for b in batches] == [True] + 6 * [False]
+    assert [b.number for b in batches] == [*range(7)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 6, 7])
@@ -198,7 +230,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_windows(start: int) -> None:
     assert len(rest) == 7 - start
     for a, b in zip(list(task.batches(1))[start:], rest, strict=True):
         assert torch.equal(a.tokens, b.tokens)
-        assert a.first == b.first
+        assert a.number == b.number
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -279,6 +311,38 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
         for _ in range(3):
             run.train_step(next(batches))
     assert run.step == 3
+
+
+def test_pieces_are_means_of_consecutive_steps() -> None:
+    config = TINY.but(task_args={"sequence_length": 16, "pieces": 3}, train_size=1300)  # ten steps
+    seen: list[float] = []
+    run = train._Run(config, torch.device("cpu"))
+    run.task.network.train()
+    for window in run.task.batches(0):
+        before = run.sums.clone()
+        run.train_step(window)
+        seen.append((run.sums - before)[0].item())
+    run.end_epoch()
+    got = [run.epochs[0][f"train_loss_{i}"] for i in (1, 2, 3)]
+    parts = [seen[:4], seen[4:7], seen[7:]]
+    assert got == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-5)
+    assert run.epochs[0]["train_loss"] == pytest.approx(sum(seen) / 10, rel=1e-5)
+
+
+def test_pieces_change_nothing_else() -> None:
+    plain, pieces = (train.train(c) for c in (TINY, TINY.but(task_args={"sequence_length": 16, "pieces": 2})))
+    assert pieces.provenance["weights_sha256"] == plain.provenance["weights_sha256"]
+    assert [{k: v for k, v in e.items() if "loss_" not in k} for e in pieces.epochs] == [
+        {k: v for k, v in e.items() if "loss_" not in k} for e in plain.epochs
+    ]
+
+
+def test_metrics_of_the_beginning_of_a_text() -> None:
+    task = task_of(TINY.but(task_args={"sequence_length": 16, "evaluation_size": 100}))
+    whole = data.load_text("pydoc-topics", train_size=1500)
+    for part in ("validation", "test"):
+        assert torch.equal(getattr(task.data, part), getattr(whole, part)[:100])
+    assert torch.equal(task.data.train, whole.train)
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -429,8 +493,11 @@ def test_key_follows_text_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"task_args": {"sequence_length": 0}}, ValueError, "sequence_length must be a whole number >= 1, got 0"),
         ({"task_args": {"clip_norm": -1}}, ValueError, "clip_norm must be a finite number >= 0, got -1"),
+        ({"task_args": {"pieces": 1}}, ValueError, "pieces must be 0 or a whole number >= 2, got 1"),
+        ({"task_args": {"pieces": 6}}, ValueError, "pieces=6 exceeds the 5 windows of an epoch"),
+        ({"task_args": {"evaluation_size": -1}}, ValueError, "evaluation_size must be 0 or a whole number >= 2"),
         ({"task_args": {"clip_norm": math.inf}}, ValueError, "clip_norm must be a finite number >= 0, got inf"),
-        ({"task_args": {"bptt": 35}}, TypeError, "no option 'bptt'; it has sequence_length, clip_norm"),
+        ({"task_args": {"bptt": 35}}, TypeError, "no option 'bptt'; it has sequence_length, clip_norm, pieces"),
         ({"augment": True}, ValueError, "augment=True: there are no crops of a text"),
         ({"train_size": 100}, ValueError, "batch_size=8 rows of sequence_length=16 need more than the 100 training"),
         ({"model_args": {"hiden": 3}}, TypeError, "hiden"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,12 +30,19 @@ class LSTM(nn.Module):
         Probability; on embeddings, between the layers, and before the output.
     tied
         Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
+    cutoffs
+        Where given, the output is an adaptive softmax (Grave et al., ICML 2017), torch's with its initial weights: the
+        first ``cutoffs[0]`` tokens have the full width, those up to the next cut-off a quarter of it, and so on. It is
+        made for tokens numbered from the most frequent on, and is then faster, not better.
 
     Raises
     ------
     ValueError
-        If ``tied`` is asked for with different sizes.
+        If ``tied`` is asked for with different sizes or with an adaptive softmax, or for cut-offs that do not increase
+        or do not end below ``vocabulary``.
     """
+
+    output: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
 
     def __init__(
         self,
@@ -45,20 +53,27 @@ class LSTM(nn.Module):
         layers: int = 1,
         dropout: float = 0.0,
         tied: bool = False,
+        cutoffs: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        if tied and cutoffs:
+            raise ValueError(f"an adaptive softmax has no weights to tie: tied=True with cutoffs={list(cutoffs)}")
         if tied and embedding != hidden:
             raise ValueError(f"tied weights need embedding = hidden, got {embedding} and {hidden}")
         self.embedding = nn.Embedding(vocabulary, embedding)
         self.dropout = nn.Dropout(dropout)
         between = dropout if layers > 1 else 0.0  # torch warns where there is no between
         self.lstm = nn.LSTM(embedding, hidden, layers, batch_first=True, dropout=between)
-        self.output = nn.Linear(hidden, vocabulary)
+        if cutoffs:
+            self.output = nn.AdaptiveLogSoftmaxWithLoss(hidden, vocabulary, [*cutoffs], div_value=4.0)
+        else:
+            self.output = nn.Linear(hidden, vocabulary)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        nn.init.uniform_(self.output.weight, -0.1, 0.1)
-        nn.init.zeros_(self.output.bias)
-        if tied:
-            self.output.weight = self.embedding.weight
+        if isinstance(self.output, nn.Linear):
+            nn.init.uniform_(self.output.weight, -0.1, 0.1)
+            nn.init.zeros_(self.output.bias)
+            if tied:
+                self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
         """Negative log-likelihood of the next tokens.
@@ -78,7 +93,14 @@ class LSTM(nn.Module):
         """
         embedded = self.dropout(self.embedding(tokens))
         hidden, (h, c) = self.lstm(embedded, (state[0], state[1]) if state else None)
-        return _nats(self.output(self.dropout(hidden)), targets), (h, c)
+        hidden = self.dropout(hidden)
+        if isinstance(self.output, nn.Linear):
+            return _nats(self.output(hidden), targets), (h, c)
+        flat = targets.flatten()
+        with torch.autocast(hidden.device.type, enabled=False):  # in half precision torch's layer mixes dtypes
+            wide = hidden.flatten(0, 1).to(self.output.head.weight.dtype)
+            likelihood = self.output(wide, flat.clamp(min=0)).output
+        return -likelihood.masked_fill(flat < 0, 0.0).view_as(targets), (h, c)
 
 
 class Transformer(nn.Module):

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Task(ABC):
             inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("train_loss",)
+    losses: tuple[str, ...] = ("train_loss",)
 
     config: RunConfig
     data: Any

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -55,7 +55,7 @@ class Gan(Task):
         ValueError: for an option out of range, or a configuration that makes no sense for a GAN.
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("discriminator_loss", "generator_loss", "generator_loss_negative")
+    losses: tuple[str, ...] = ("discriminator_loss", "generator_loss", "generator_loss_negative")
     network: Dcgan
 
     def __init__(

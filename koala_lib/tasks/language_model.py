@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from koala_lib import data
 from koala_lib.config import RunConfig
@@ -18,11 +20,11 @@ COLUMNS = 16  # of validation and test text, read side by side
 
 
 class Window(NamedTuple):
-    """A piece of text: tokens and what comes after each, int64 ``(B, T)``; ``first`` at the beginning of the text."""
+    """A piece of text: tokens and what comes after each, int64 ``(B, T)``; ``number`` counts from the text's start."""
 
     tokens: Tensor
     targets: Tensor
-    first: bool
+    number: int
 
 
 class LanguageModel(Task):
@@ -44,19 +46,36 @@ class LanguageModel(Task):
         device: where everything lives.
         sequence_length: tokens in a row of a window.
         clip_norm: the gradient is shortened to this norm where it is longer, before the optimizer sees it; 0: never.
+        pieces: an epoch's windows are also counted in so many pieces, one after the other, whose mean training losses
+            are ``train_loss_1``, ``train_loss_2`` and so on: a run in more detail than by epochs; 0: they are not.
+        evaluation_size: the metrics are those of so many tokens from the beginning of validation and test text, less
+            if a text is shorter; 0: all.
 
     Raises:
         ValueError: for an option out of range, or a text shorter than one window.
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, *, sequence_length: int = 35, clip_norm: float = 0.0
+        self,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        sequence_length: int = 35,
+        clip_norm: float = 0.0,
+        pieces: int = 0,
+        evaluation_size: int = 0,
     ) -> None:
         _check(config, sequence_length)
         check_clip_norm(clip_norm)
+        for name, value in (("pieces", pieces), ("evaluation_size", evaluation_size)):
+            if type(value) is not int or value < 0 or value == 1:
+                raise ValueError(f"{name} must be 0 or a whole number >= 2, got {value!r}")
         self.config, self.device = config, device
         self.sequence_length, self.clip_norm = sequence_length, clip_norm
         self.data = data.load_text(config.dataset, device=device, train_size=config.train_size)
+        if evaluation_size:
+            parts = {name: getattr(self.data, name)[:evaluation_size] for name in ("validation", "test")}
+            self.data = replace(self.data, **parts)
         self._height = (len(self.data.train) - 1) // config.batch_size
         self.steps_per_epoch = self._height // sequence_length
         if self.steps_per_epoch == 0:
@@ -64,6 +83,10 @@ class LanguageModel(Task):
                 f"batch_size={config.batch_size} rows of sequence_length={sequence_length} need more than the "
                 f"{len(self.data.train)} training tokens"
             )
+        if pieces > self.steps_per_epoch:
+            raise ValueError(f"pieces={pieces} exceeds the {self.steps_per_epoch} windows of an epoch")
+        self.losses = ("train_loss", *(f"train_loss_{i}" for i in range(1, pieces + 1)))
+        self._shares = _shares(self.steps_per_epoch, pieces).to(device)
         create = LANGUAGE_MODELS[config.model]
         network = create(len(self.data.vocabulary), context=sequence_length, **dict(config.model_args))
         self.network = network.to(device)
@@ -77,13 +100,16 @@ class LanguageModel(Task):
 
     def _nats(self, network: nn.Module, window: Window, state: State) -> tuple[Tensor, State]:
         with autocast(self.config, self.device):
-            nats, state = network(window.tokens, window.targets, () if window.first else state)
+            nats, state = network(window.tokens, window.targets, state if window.number else ())
         return nats, tuple(s.detach() for s in state)
 
     def sample_losses(self, batch: Window) -> Tensor:
         """Mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
         nats, self.state = self._nats(self.network, batch, self.state)
         return nats.mean(1)
+
+    def step(self, batch: Window, optimizers: Mapping[str, Optimizer]) -> Tensor:
+        return super().step(batch, optimizers) * self._shares[batch.number]
 
     @torch.no_grad()
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -120,6 +146,13 @@ def _check(config: RunConfig, sequence_length: int) -> None:
         raise ValueError("augment=True: there are no crops of a text")
 
 
+def _shares(steps: int, pieces: int) -> Tensor:
+    """What each step's loss counts in the means of an epoch and of its pieces, ``(steps, 1 + pieces)``; each column has
+    the mean 1."""
+    mine = torch.arange(steps)[:, None] * pieces // steps == torch.arange(pieces)
+    return torch.cat([torch.ones(steps, 1), mine * steps / mine.sum(0)], dim=1)
+
+
 def _unigram_loss(text: data.TextData) -> float:
     counts = text.train.bincount(minlength=len(text.vocabulary)).double() + 1
     return -(counts / counts.sum()).log()[text.test[1:]].mean().item()
@@ -152,4 +185,4 @@ def windows(text: Tensor, columns: int, length: int, start: int = 0, *, whole: b
     count = height // length if whole else -(-height // length)
     for k in range(start, count):
         part = slice(k * length, (k + 1) * length)
-        yield Window(tokens[:, part], targets[:, part], first=k == 0)
+        yield Window(tokens[:, part], targets[:, part], number=k)

@@ -55,6 +55,7 @@ LABELS = {
     "adabelief": "AdaBelief",
     "radam": "RAdam",
     "adahessian": "AdaHessian",
+    "sdlbfgs": "SdLBFGS",
     "lookahead": "Lookahead",
     "paper": "paper",
 }

@@ -57,6 +57,7 @@ LABELS = {
     "adabelief": "AdaBelief",
     "radam": "RAdam",
     "adahessian": "AdaHessian",
+    "sdlbfgs": "SdLBFGS",
     "lookahead": "Lookahead",
     "paper": "paper",
 }

@@ -152,7 +152,8 @@ def test_apollos_numbers_are_the_printed_ones() -> None:
 
 
 def test_apollos_tables_bear_out_its_orderings() -> None:
-    orderings = [c for c in APOLLO.values() if c.kind == "ordering" and c.expected is not None]
+    # of the printed tables; one more expectation is from the README of the released code
+    orderings = [c for c in APOLLO.values() if c.expected is not None and c.kind == "ordering" and ".table" in c.id]
     assert len(orderings) == 9
     assert all(c.expected > c.judge["paper"].margin for c in orderings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import pandas as pd
 import seaborn as sns  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from koala_lib import claims
@@ -91,12 +92,20 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
 
 
 def log_y(ax: Axes) -> None:
-    """A logarithmic axis with plain numbers, at 2 and 5 too where it spans little; call it when all is drawn."""
+    """A logarithmic y axis with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
+
+    Args:
+        ax: An axes on which all is drawn: the ticks are those of its present limits.
+    """
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.yaxis.set_minor_formatter("{x:g}" if high < 50 * low else NullFormatter())
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+    decades = range(first, last + 1, 1 + (last - first) // 8)
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        ticks = [digit * 10.0**k for k in decades for digit in digits if low <= digit * 10.0**k <= high]
+        if len(ticks) >= 3:
+            break
+    ax.yaxis.set(major_locator=FixedLocator(ticks), major_formatter="{x:g}", minor_locator=NullLocator())
 
 
 def label(method: str) -> str:
@@ -130,6 +139,7 @@ def seeds(
     hue: str | None = None,
     order: Sequence[Any] | None = None,
     colours: Mapping[str, str] | None = None,
+    log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Every seed as a point, beside it the mean and its 95 % t-interval.
@@ -141,6 +151,7 @@ def seeds(
         hue: Column of the methods; without it the categories are the methods.
         order: Categories from left to right; default is the order of the data.
         colours: Colour of each method or category where those of :func:`colour` do not tell them apart.
+        log: Take mean and interval of the logarithms, for values that are compared by their ratio.
         ax: Where to draw; default is a new figure.
 
     Returns:
@@ -156,11 +167,13 @@ def seeds(
             values = rows[y].to_numpy(dtype=float)
             centre = c + (m - (len(methods) - 1) / 2) * width
             shade = _shade(str(method if hue else category), colours)
-            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * min(0.03, 0.2 / len(values)) * width
+            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * min(0.03, 0.2 / max(len(values), 1)) * width
             ax.plot(centre - 0.1 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
-            mean, half = interval(values)
+            mean, half = interval(np.log(values) if log else values)
+            mean, low, high = np.exp([mean, mean - half, mean + half]) if log else (mean, mean - half, mean + half)
             name = label(str(method)) if hue and c == 0 else None
-            ax.errorbar(centre + 0.1 * width, mean, half, fmt="_", ms=10, lw=2, capsize=4, label=name, color=shade)
+            bar = [[mean - low], [high - mean]]
+            ax.errorbar(centre + 0.1 * width, mean, bar, fmt="_", ms=10, lw=2, capsize=4, label=name, color=shade)
     ax.set_xticks(range(len(categories)), [label(str(c)) for c in categories])
     ax.set(xlim=(-0.5, len(categories) - 0.5), ylabel=y.replace("_", " "))
     if hue:
@@ -196,12 +209,13 @@ def curves(
         mean = rows.groupby("epoch")["value"].mean()
         ax.plot(mean.index, mean.to_numpy(), lw=2, label=label(str(method)), color=shade)
     ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     return ax
 
 
 def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """A table as a picture, two panels a data set: test error of every seed, and training loss over the epochs.
+    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
 
     Args:
         table: What `koala_lib.runs.table` returns.
@@ -212,7 +226,7 @@ def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, col
     Returns:
         The figure.
     """
-    names = sorted(set(table["dataset"]))
+    names = list(dict.fromkeys(table["dataset"]))
     fig, axes = plt.subplots(len(names), 2, figsize=(12, 3.6 * len(names)), squeeze=False)
     for (left, right), name in zip(axes, names, strict=True):
         here = table[table["dataset"] == name]
@@ -222,7 +236,7 @@ def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, col
         left.tick_params(axis="x", rotation=25)
         right.set(title=name, ylabel="training loss (nats)")
         log_y(right)
-        right.legend(fontsize="small", loc="upper right")
+        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return fig
 
 

@@ -58,12 +58,12 @@ class Verdict:
     detail: str
 
 
-@cache
 def available() -> list[str]:
     """The papers whose claims are here."""
     return sorted(path.stem for path in paths.claims_dir().glob("*.yaml"))
 
 
+@cache
 def load(paper: str = "koala") -> Mapping[str, Claim]:
     """The claims of one paper by id, in the order of its file."""
     return read(paths.claims_dir() / f"{paper}.yaml")

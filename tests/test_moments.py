@@ -508,10 +508,16 @@ def test_batch_norm_is_refused(layer: nn.Module, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
-def test_recurrent_layers_are_refused(method: str) -> None:
+def test_recurrent_layers_have_gradients_but_no_products(method: str) -> None:
     model = Apply(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(2, 3, batch_first=True))
+    x, y = torch.randn(3, 4, 2), torch.randn(3)
+    direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"'lstm' \(LSTM\) has no forward-mode derivative.*recurrent layers"):
-        sample_moments(model, cubic, torch.randn(3, 4, 2), torch.randn(3), method=method)
+        sample_moments(model, cubic, x, y, direction, method=method)
+    gradient = sample_moments(model, cubic, x, y, method=method).gradient
+    expected = torch.autograd.grad(cubic(model(x), y).mean(), list(model.parameters()))
+    for g, e in zip(gradient.values(), expected, strict=True):
+        torch.testing.assert_close(g, e)
 
 
 def test_functional_batch_norm_is_refused() -> None:

@@ -75,8 +75,8 @@ def sample_moments(
     Raises
     ------
     ValueError
-        For fewer than two samples, a network with BatchNorm or torch's recurrent layers, a loss of another shape, a
-        direction that does not fit.
+        For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does not fit, or
+        one for a network with torch's recurrent layers.
     TypeError
         For inputs or targets that are no tensors.
 
@@ -103,7 +103,7 @@ def sample_moments(
     if not trainable:
         raise ValueError("the model has no trainable parameter")
     if direction is not None:
-        _check_direction(trainable, direction)
+        _check_direction(model, trainable, direction)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode rule
         parts = _spreads(model, loss_fn, inputs, targets, direction, method, list(trainable))
     losses = parts[0].losses
@@ -163,14 +163,15 @@ def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> No
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(BATCH_NORM.format(f"{name!r} ({type(module).__name__})"))
+
+
+def _check_direction(model: nn.Module, trainable: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:
+    for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) has no forward-mode derivative in torch, which Hessian-vector "
                 "products of single samples need; use a network without torch's recurrent layers"
             )
-
-
-def _check_direction(trainable: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:
     for name in trainable.keys() ^ direction.keys():
         what = "lacks" if name in trainable else "has"
         why = "which is trainable" if name in trainable else "which is no trainable parameter of the model"

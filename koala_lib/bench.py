@@ -26,7 +26,7 @@ from koala_lib import bench_meka, models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.timing import Row, interleave, now, spread
-from koala_lib.traffic import Factory, memory, step
+from koala_lib.traffic import Factory, memory, peak, step
 from koala_lib.train import RunConfig, _Run
 
 CONTENDERS: dict[str, Factory] = {
@@ -219,7 +219,7 @@ def training_memory(
         job()
         for p in params:
             p.grad = None  # made anew in the step that counts
-        row = {"optimizer": name, "peak": bench_meka.peak(job)}
+        row = {"optimizer": name, "peak": peak(job)}
         rows.append(row | {"weights": sum(p.numel() * p.element_size() for p in params)})
     return rows
 
@@ -255,9 +255,6 @@ def training_jobs(
     }
 
 
-# ---------------------------------------------------------------- the command
-
-
 def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
     """A training epoch without its evaluation, as a job of :func:`interleave`; every call goes on with the next one."""
     run = _Run(config, torch.device(device))
@@ -269,6 +266,9 @@ def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
         run.epoch, run.step = run.epoch + 1, 0
 
     return job
+
+
+# ---------------------------------------------------------------- the command
 
 
 def file() -> Path:

@@ -18,7 +18,7 @@ from koala_lib import models
 from koala_lib.moments import sample_moments
 from koala_lib.optim import Meka
 from koala_lib.timing import Row, interleave, spread
-from koala_lib.traffic import Traffic
+from koala_lib.traffic import peak
 
 NETWORKS: Final[dict[str, tuple[int, int]]] = {"mlp_100": (1, 28), "cnn_3c3d": (3, 32), "resnet32_gn": (3, 32)}
 BATCH_SIZES: Final = (32, 64, 128)
@@ -105,13 +105,6 @@ def moments(
         | {"peak": peaks[name]}
         for name, t in times.items()
     ]
-
-
-def peak(job: Callable[[], object]) -> int:
-    """Bytes of the tensors that a job makes, as far as they are alive at once."""
-    with Traffic() as seen:
-        job()
-    return int(seen.peak)
 
 
 def flops(job: Callable[[], object]) -> int:

@@ -76,6 +76,13 @@ class Traffic(TorchDispatchMode):
         weakref.finalize(storage, free)
 
 
+def peak(job: Callable[[], object]) -> int:
+    """Bytes of the tensors that a job makes, as far as they are alive at once."""
+    with Traffic() as seen:
+        job()
+    return int(seen.peak)
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested containers."""
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
@@ -124,7 +131,6 @@ def memory(params: list[Tensor], contenders: Mapping[str, Factory]) -> list[Row]
         kept = {t.data_ptr(): t for t in tensors_in(optimizer.state_dict())}.values()  # groups share one filter
         size = sum(t.numel() * t.element_size() for t in kept)
         like = sum(t.shape == p.shape for p in params for t in tensors_in(optimizer.state[p]))
-        peak = traffic(create, params).peak
         row = {"optimizer": name, "tensors": like / len(params), "state_bytes": size, "state": size / weights}
-        rows.append(row | {"peak": peak / weights})
+        rows.append(row | {"peak": traffic(create, params).peak / weights})
     return rows

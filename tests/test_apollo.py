@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from koala_lib import Apollo, KoalaV
-from koala_lib.optim import apollo
 from koala_lib.optim.apollo import weak_secant_update
 from koala_lib.optim.reference_apollo import ReferenceApollo
 
@@ -544,15 +543,6 @@ def test_a_state_of_another_optimizer_is_refused(stranger: Callable[..., Any]) -
 # ---------------------------------------------------------------- fused
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    apollo._compiled_update.cache_clear()
-    yield
-    apollo._compiled_update.cache_clear()
-
-
 FUSED = {"lr": 0.1, "sigma": 0.2, "warmup_steps": 4, "weight_decay": 0.05}
 
 
@@ -571,15 +561,8 @@ def test_fused_compiles_and_equals_foreach(decoupled: bool) -> None:
     assert stats["calls_captured"] >= 60
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_fused_without_a_compiler_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
-    def no_compiler(function: Any) -> Any:
-        def fail(*args: Any) -> None:
-            raise RuntimeError("no compiler")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
+@pytest.mark.usefixtures("no_compiler")
+def test_fused_without_a_compiler_warns_once(recwarn: pytest.WarningsRecorder) -> None:
     for _ in range(2):
         fused, foreach = (run(FUSED | path)[0] for path in ({"fused": True}, {"foreach": True}))
         assert all(torch.equal(x, y) for x, y in zip(fused, foreach, strict=True))

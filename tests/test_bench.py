@@ -17,7 +17,7 @@ from koala_lib import bench, bench_meka, runs, timing
 from koala_lib.optim import KoalaM
 from koala_lib.optimizers import OPTIMIZERS
 from koala_lib.timing import interleave, now
-from koala_lib.traffic import Factory, Traffic, memory, step, traffic
+from koala_lib.traffic import Factory, Traffic, memory, peak, step, traffic
 from koala_lib.train import RunConfig, _Run, train
 
 # ---------------------------------------------------------------- time
@@ -345,7 +345,7 @@ def test_the_peak_of_the_moments_is_that_of_the_allocator(method: str) -> None:
     torch.manual_seed(0)
     job = bench_meka.moment_jobs(*bench_meka.problem("cnn_3c3d", 3))[method]
     job()
-    assert bench_meka.peak(job) == pytest.approx(allocated(job)[0], rel=0.05)
+    assert peak(job) == pytest.approx(allocated(job)[0], rel=0.05)
 
 
 def test_flops_are_those_of_the_products() -> None:

@@ -3,7 +3,7 @@
 import gc
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from koala_lib import KoalaM
-from koala_lib.optim import koala
 from koala_lib.optim._base import squared_norms
 
 # --- precision --------------------------------------------------------------------------------------------
@@ -210,15 +209,6 @@ def test_foreach_equals_the_loop(case: Case, dtype: torch.dtype) -> None:
     assert_same(runs[True], runs[False])
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    koala._compiled_correct.cache_clear()
-    yield
-    koala._compiled_correct.cache_clear()
-
-
 def fused_and_foreach() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     nets = Net(), Net()
     for net, path in zip(nets, ({"fused": True}, {"foreach": True}), strict=True):
@@ -240,15 +230,8 @@ def test_fused_compiles_and_equals_foreach() -> None:
     assert stats["calls_captured"] >= 20
 
 
-@pytest.mark.usefixtures("fresh_compiler")
-def test_fused_without_a_compiler_warns_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
-    def no_compiler(function: Any) -> Any:
-        def fail(*args: Any) -> None:
-            raise RuntimeError("no compiler")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
+@pytest.mark.usefixtures("no_compiler")
+def test_fused_without_a_compiler_warns_once(recwarn: pytest.WarningsRecorder) -> None:
     for _ in range(2):
         fused, foreach = fused_and_foreach()
         assert_same(fused, foreach)

@@ -121,9 +121,8 @@ def load(
     dataset = row_of(name, Dataset)
     copy = fetch(name, allow_unverified=allow_unverified)
     train, test = dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
+    _check_train_size(train_size, len(train[1]), dataset.title)
     if train_size is not None:
-        if not 0 < train_size <= len(train[1]):
-            raise ValueError(f"train_size must be between 1 and {len(train[1])} on {dataset.title}, got {train_size}")
         chosen = np.sort(balanced_order(train[1])[:train_size])
         train = train[0][chosen], train[1][chosen]
     return ImageData(
@@ -140,6 +139,11 @@ def load(
         tag=copy.tag,
         identity=copy.identity,
     )
+
+
+def _check_train_size(train_size: int | None, size: int, title: str) -> None:
+    if train_size is not None and not 0 < train_size <= size:
+        raise ValueError(f"train_size must be between 1 and {size} on {title}, got {train_size}")
 
 
 @dataclass(frozen=True)
@@ -205,8 +209,7 @@ def load_text(
     text = row_of(name, Text)
     copy = fetch(name, allow_unverified=allow_unverified)
     (train, validation, test), vocabulary = _encoded(name, text, copy)
-    if train_size is not None and not 0 < train_size <= len(train):
-        raise ValueError(f"train_size must be between 1 and {len(train)} on {text.title}, got {train_size}")
+    _check_train_size(train_size, len(train), text.title)
     return TextData(
         train=torch.from_numpy(train[:train_size]).to(device),
         validation=torch.from_numpy(validation).to(device),
@@ -288,9 +291,7 @@ def load_pairs(
     row = row_of(name, Pairs)
     copy = fetch(name, allow_unverified=allow_unverified)
     parts, test_lines, tokenizer = _pairs(name, row, copy)
-    size = len(parts[0][0])
-    if train_size is not None and not 0 < train_size <= size:
-        raise ValueError(f"train_size must be between 1 and {size} on {row.title}, got {train_size}")
+    _check_train_size(train_size, len(parts[0][0]), row.title)
     train, validation, test = ((source.to(device), target.to(device)) for source, target in parts)
     return PairData(
         train=(train[0].first(train_size), train[1].first(train_size)),

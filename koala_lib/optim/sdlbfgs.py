@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from koala_lib.optim._base import check_dense, check_lr, check_number, check_real
+from koala_lib.optim._base import CheckedOptimizer, check_dense, check_lr, check_number, check_real
 
 __all__ = ["SdLBFGS"]
 
@@ -53,7 +53,7 @@ def _vector(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-class SdLBFGS(torch.optim.Optimizer):
+class SdLBFGS(CheckedOptimizer):
     r"""Stochastic damped L-BFGS, Algorithm 3.1, with one inverse Hessian H for all parameters.
 
     .. math::
@@ -92,22 +92,23 @@ class SdLBFGS(torch.optim.Optimizer):
         tensor([0.])
     """
 
+    whole_numbers = ("history_size",)
+
     def __init__(self, params: Any, lr: float | Tensor = 1.0, *, history_size: int = 20, delta: float = 1.0) -> None:
-        check_lr(lr)
-        check_number("delta", delta, open_low=True)
-        if not isinstance(history_size, Integral) or isinstance(history_size, bool) or history_size < 1:
-            raise ValueError(f"history_size must be a whole number >= 1, got {history_size!r}")
-        super().__init__(params, {"lr": lr, "history_size": int(history_size), "delta": float(delta)})
+        super().__init__(params, {"lr": lr, "history_size": history_size, "delta": delta})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
             raise ValueError("SdLBFGS keeps one Hessian for all parameters and takes one param group")
         super().add_param_group(param_group)
-        try:
-            check_real("SdLBFGS", self.param_groups[0]["params"])
-        except TypeError:
-            self.param_groups.pop()
-            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        check_number("delta", group["delta"], open_low=True)
+        size = group["history_size"]
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"history_size must be a whole number >= 1, got {size!r}")
+        check_real("SdLBFGS", group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]

@@ -6,17 +6,18 @@ A rival of MEKA's Figure 12, not exported: no library that we know of keeps it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from koala_lib.optim._base import check_lr
+from koala_lib.optim._base import CheckedOptimizer, check_lr
 
 __all__ = ["Svrg"]
 
 
-class Svrg(torch.optim.Optimizer):
+class Svrg(CheckedOptimizer):
     r"""Stochastic variance reduced gradient (Figure 1 of the paper, its option I: the snapshot is the last iterate).
 
     .. math::
@@ -37,12 +38,14 @@ class Svrg(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], lr: float | Tensor) -> None:
-        check_lr(lr)
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 raise ValueError(f"Svrg cannot train a model with BatchNorm, {name!r}: use GroupNorm or LayerNorm")
         self.model, self.loss_fn = model, loss_fn
         super().__init__((p for p in model.parameters() if p.requires_grad), {"lr": lr})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
 
     @torch.no_grad()
     def take_snapshot(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

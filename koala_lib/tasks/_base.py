@@ -16,9 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from koala_lib.config import PRECISIONS, RunConfig
-from koala_lib.optim import Meka
-from koala_lib.optim.svrg import Svrg
-from koala_lib.optimizers import SECOND_ORDER
+from koala_lib.optimizers import OWN_FORWARD, SECOND_ORDER
 
 
 class Task(ABC):
@@ -60,8 +58,9 @@ class Task(ABC):
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
         """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
         optimizer = optimizers["network"]
-        if isinstance(optimizer, Meka | Svrg):
-            return optimizer.step(*batch).reshape(1)
+        if self.config.optimizer in OWN_FORWARD:
+            loss: Any = optimizer.step(*batch)
+            return loss.reshape(1)  # type: ignore[no-any-return]
         losses_of = partial(self.sample_losses, batch)
         return closure_step(optimizer, losses_of, clip_norm=self.clip_norm, create_graph=self.second_order).reshape(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from sandbox import Project
 
 from koala_lib import paths
-from koala_lib.optim import apollo, koala
+from koala_lib.optim import _base, _fused, apollo, koala
+from koala_lib.optim._fused import Pass
 
 
 @pytest.fixture
@@ -40,26 +42,33 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    """Nothing compiled before the test, and nothing left behind."""
-    caches = (koala._compiled_correct, apollo._compiled_update)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing compiled before the test, nothing left behind, and tensors of two elements are large."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    monkeypatch.setattr(Pass, "compiler_works", None)
+    for module in (_base, _fused):
+        monkeypatch.setattr(module, "LARGE", 2)
+    for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
+        monkeypatch.setattr(step, "_compiled", None)
 
 
 @pytest.fixture
 def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` gives a function that fails when it is called, as on a machine without a compiler."""
 
-    def compile(function: Any) -> Any:
+    def compile(function: Any, dynamic: bool) -> Any:
         def fail(*args: Any) -> None:
             raise RuntimeError("no compiler")
 
         return fail
 
     monkeypatch.setattr(torch, "compile", compile)
+
+
+@pytest.fixture
+def traced_passes(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The passes are traced as for compiling, but what was traced is executed by torch's own kernels: quick."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield

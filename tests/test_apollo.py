@@ -3,7 +3,6 @@
 import copy
 import inspect
 import itertools
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -75,12 +74,21 @@ MAXIMIZE = [{}, {"maximize": True}]
 @pytest.mark.parametrize("beta", [0.9, 0.0])
 @pytest.mark.parametrize("lr_and_sigma", [(0.1, 0.2), (0.005, 0.01)], ids=["", "the paper's sigma"])
 def test_equals_the_reference(lr_and_sigma: tuple[float, float], beta: float) -> None:
-    lr, sigma = lr_and_sigma
+    assert_equals_the_reference(*lr_and_sigma, beta)
+
+
+def test_fused_equals_the_reference(traced_passes: None) -> None:
+    assert_equals_the_reference(0.1, 0.2, 0.9, fused=True)
+    # L2 decay, decoupled decay or none, ascent or descent; two passes.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
+
+
+def assert_equals_the_reference(lr: float, sigma: float, beta: float, **path: Any) -> None:
     left_the_floor = 0
     for eps, warm_up, decay, maximize in itertools.product(EPS, WARM_UPS, DECAYS, MAXIMIZE):
         options = {"lr": lr, "sigma": sigma, "beta": beta} | eps | warm_up | decay | maximize
         sign = -1.0 if maximize else 1.0
-        weights, optimizer = run(options, sign=sign)
+        weights, optimizer = run(options | path, sign=sign)
         wanted, reference = run_reference(options, sign)
         for p, x, parameter in zip(optimizer.param_groups[0]["params"], wanted, reference.parameters, strict=True):
             state = optimizer.state[p]
@@ -544,21 +552,6 @@ def test_a_state_of_another_optimizer_is_refused(stranger: Callable[..., Any]) -
 
 
 FUSED = {"lr": 0.1, "sigma": 0.2, "warmup_steps": 4, "weight_decay": 0.05}
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
-@pytest.mark.filterwarnings("error:fused")
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("decoupled", [False, True])
-def test_fused_compiles_and_equals_foreach(decoupled: bool) -> None:
-    options = FUSED | {"decoupled_weight_decay": decoupled}
-    (fused, first), (foreach, second) = (run(options | path) for path in ({"fused": True}, {"foreach": True}))
-    torch.testing.assert_close(fused, foreach, rtol=0, atol=1e-10)
-    for p, q in zip(*(o.param_groups[0]["params"] for o in (first, second)), strict=True):
-        torch.testing.assert_close(first.state[p], second.state[q], rtol=0, atol=1e-10)
-    stats = torch._dynamo.utils.counters["stats"]
-    assert stats["unique_graphs"] >= 3  # the probe, all five tensors, three of them
-    assert stats["calls_captured"] >= 60
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -111,12 +111,13 @@ def assert_equal_runs(
     *,
     form: str = "two-call",
     foreach: bool | None = None,
+    fused: bool | None = None,
     scalar: bool = False,
     groups: Callable[[list[Tensor]], list[dict[str, Any]]] = two_groups,
 ) -> None:
     fast_params = [torch.nn.Parameter(t) for t in start()]
     slow_params = start()
-    fast = cls(groups(fast_params), foreach=foreach, **options)
+    fast = cls(groups(fast_params), foreach=foreach, fused=fused, **options)
     slow = TWINS[cls](groups(slow_params), **options)
     for k in range(STEPS):
         if k == 50:
@@ -176,6 +177,15 @@ def test_every_combination_of_the_switches(cls: type, options: dict[str, Any]) -
     index = RUNS.index((cls, options))
     # Forms and paths take turns here; all of them meet in the next test.
     assert_equal_runs(cls, options, form=FORMS[index % 3], foreach=bool(index // 3 % 2))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+@pytest.mark.parametrize("cls", TWINS, ids=name)
+def test_every_combination_with_fused(cls: type, weight_decay: float, traced_passes: None) -> None:
+    for _, options in (r for r in RUNS if r[0] is cls and r[1]["weight_decay"] == weight_decay):
+        assert_equal_runs(cls, options, fused=True)
+    # Three passes; averages or not, and when they move.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["per-sample", "scalar"])

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+LARGE = 2**16  # elements from which a compiled pass is worth its call
 Entries = dict[str, Tensor]  # a filter's scalars by name
 
 
@@ -69,10 +69,17 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Half precision as float32, the rest as it is."""
+    return [t.float() if t.dtype in HALF else t for t in tensors]
+
+
 def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """|t|^2 of each tensor as a 0-dim float64 tensor on its device, accumulated in float32 or better."""
     if not tensors:
         return []
+    if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6 at any size
+        return [t.square().sum().to(scalar_dtype(t.device)) for t in wide(tensors)]
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
     if tensors[0].device.type == "cpu" and not hasattr(tensors[0], "full_tensor"):
         return _squared_norms_cpu(tensors, dtype)
@@ -99,6 +106,13 @@ def _squared_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return norms.double().square().sum()
 
 
+def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> list[Tensor]:
+    """h = g + lambda x, leaving ``p.grad`` alone."""
+    if isinstance(weight_decay, Tensor):  # compiled
+        return [torch.addcmul(g, x, weight_decay) for g, x in zip(grads, params, strict=True)]
+    return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
+
+
 def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
     """x -= step h, with step a 0-dim tensor; half precision is computed in float32 and rounded once."""
     for x, h, step in zip(tensors, directions, steps, strict=True):
@@ -106,17 +120,6 @@ def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Seq
             x.sub_(h.float() * step)
         else:
             x.addcmul_(h, step, value=-1)
-
-
-def compile_or_warn(function: Callable[..., None], *probe: Any) -> Callable[..., None]:
-    """A function compiled, as a call with ``probe`` shows; itself, with a warning, where nothing can compile."""
-    compiled = torch.compile(function)
-    try:
-        compiled(*probe)
-    except Exception as error:
-        warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=3)
-        return function
-    return compiled
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
@@ -375,22 +378,26 @@ class LossFilter(ScalarFilter):
 
 
 def buckets(
-    params: list[Tensor], *, foreach: bool | None, fused: bool | None, small: int = 2**16, much: int = 2**18
+    params: list[Tensor], *, foreach: bool | None, fused: bool | None, much: int = 2**18
 ) -> Iterator[list[Tensor]]:
     """Lists of parameters to treat at once, of one device, dtype and class.
 
     A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
-    elements together, which saves calls, and large ones alone, which saves memory.
+    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` large ones alone
+    everywhere: they are compiled.
     """
-    if foreach is False and not fused:
+    if fused:
+        yield from ([p] for p in params if p.numel() >= LARGE)
+        params = [p for p in params if p.numel() < LARGE]
+    if foreach is False:
         yield from ([p] for p in params)
-    elif fused or foreach or (params and params[0].device.type == "cuda"):
+    elif foreach or (params and params[0].device.type == "cuda"):
         kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
         for p in params:
             kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
         yield from kinds.values()
     else:
-        yield from _runs(params, small, much)
+        yield from _runs(params, LARGE, much)
 
 
 def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]:

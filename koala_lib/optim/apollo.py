@@ -8,7 +8,6 @@ holds the same optimizer as slow loops in the paper's symbols.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from koala_lib.optim._base import (
-    HALF,
     CheckedOptimizer,
     buckets,
     check_choice,
@@ -25,11 +23,13 @@ from koala_lib.optim._base import (
     check_lr,
     check_number,
     check_real,
-    compile_or_warn,
+    decayed,
     scalar_dtype,
     squared_norms,
     subtract,
+    wide,
 )
+from koala_lib.optim._fused import Pass
 
 __all__ = ["Apollo"]
 
@@ -37,15 +37,31 @@ __all__ = ["Apollo"]
 # ---- passes over the weights: lists of tensors of one device and dtype; half precision is computed in float32 --------
 
 
-def _wide(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.float() if t.dtype in HALF else t for t in tensors]
-
-
-def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float) -> list[Tensor]:
+def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float | Tensor) -> list[Tensor]:
     """d = m / D with D = max(|B|, sigma) (10)."""
-    D = torch._foreach_abs(_wide(curvatures))
-    torch._foreach_clamp_min_(D, sigma)
-    return list(torch._foreach_div(_wide(means), D))
+    D = list(torch._foreach_abs(wide(curvatures)))
+    if isinstance(sigma, Tensor):  # compiled
+        D = [t.clamp(min=sigma) for t in D]
+    else:
+        torch._foreach_clamp_min_(D, sigma)
+    return list(torch._foreach_div(wide(means), D))
+
+
+def _sums(
+    curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """d^T y + d^T B d and |d|_4^4 of every tensor."""
+    products = torch._foreach_addcmul(changes, wide(curvatures), directions)  # y + B d
+    torch._foreach_mul_(products, directions)
+    sums = (t.sum() for t in products)
+    excess = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]  # a DTensor's, whole
+    return excess, squared_norms(torch._foreach_mul(directions, directions))
+
+
+def _shifts(excess: list[Tensor], fourth_powers: list[Tensor], eps: float) -> list[Tensor]:
+    """(d^T y + d^T B d) / (|d|_4 + eps)^4 of every tensor."""
+    scale = (torch.stack(fourth_powers).sqrt().sqrt() + eps).square().square()
+    return list(torch.where(scale == 0, 0.0, torch.stack(excess) / scale).unbind())
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -60,61 +76,71 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    products = torch._foreach_addcmul(changes, _wide(curvatures), directions)  # y + B d
-    torch._foreach_mul_(products, directions)
-    sums = (t.sum() for t in products)
-    excess = torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums])  # a DTensor's, whole
-    squares = list(torch._foreach_mul(directions, directions))
-    norm = torch.stack(squared_norms(squares)).sqrt().sqrt()  # |d|_4
-    scale = (norm + eps).square().square()
-    subtract(curvatures, squares, list(torch.where(scale == 0, 0.0, excess / scale).unbind()))
+    shifts = _shifts(*_sums(curvatures, directions, changes), eps)
+    subtract(curvatures, list(torch._foreach_mul(directions, directions)), shifts)
 
 
-def _update(
+Secant = tuple[list[Tensor], list[Tensor]]
+
+
+def _secant(
     params: list[Tensor],
     grads: list[Tensor],
     means: list[Tensor],
     curvatures: list[Tensor],
     directions: list[Tensor],
     weights: list[Tensor],
-    rates: list[Tensor],
     sigma: float,
-    eps: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     maximize: bool,
-) -> None:
-    """One step of Algorithm 1 in place, given the weight of the new gradient in m and the learning rate of every
-    tensor. Decay goes into the direction where ``directions`` are stored, else into the gradient."""
-    grads = _wide(grads)
+) -> Secant:
+    """d_t and m_{t+1} - m_t, given the weight of the new gradient in m. Decay goes into the direction where
+    ``directions`` are stored, else into the gradient."""
+    grads = wide(grads)
     if maximize:
         grads = list(torch._foreach_neg(grads))
-    if weight_decay and not directions:
-        grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+    if not directions:
+        grads = decayed(params, grads, weight_decay)
     changes = list(torch._foreach_sub(grads, means))
     for change, weight in zip(changes, weights, strict=True):
-        change.mul_(weight)  # m_{t+1} - m_t (9)
-    weak_secant_update(curvatures, _wide(directions) or _directions(means, curvatures, sigma), changes, eps)
-    torch._foreach_add_(means, changes)
+        change.mul_(weight)
+    return wide(directions) or _directions(means, curvatures, sigma), changes
+
+
+@Pass
+def _observe(
+    params: list[Tensor], grads: list[Tensor], means: list[Tensor], curvatures: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor], Secant | None]:
+    """The sums of (8), and what they are of; a compiled pass does not keep it, since to compute it again costs less."""
+    d, y = _secant(params, grads, means, curvatures, *options)
+    return *_sums(curvatures, d, y), None if torch.compiler.is_compiling() else (d, y)
+
+
+@Pass
+def _apply(
+    params: list[Tensor],
+    secant: Secant | None,
+    shifts: list[Tensor],
+    rates: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    curvatures: list[Tensor],
+    directions: list[Tensor],
+    weights: list[Tensor],
+    sigma: float,
+    weight_decay: float | Tensor,
+    maximize: bool,
+) -> None:
+    """B -= shift d^2, m += y, and theta -= rate d with the new d, in place."""
+    d, y = secant or _secant(params, grads, means, curvatures, directions, weights, sigma, weight_decay, maximize)
+    subtract(curvatures, list(torch._foreach_mul(d, d)), shifts)
+    torch._foreach_add_(means, y)
     new = _directions(means, curvatures, sigma)
     if directions:
-        new = list(torch._foreach_add(new, params, alpha=weight_decay))
-        for stored, d in zip(directions, new, strict=True):
-            stored.copy_(d)
+        new = decayed(params, new, weight_decay)
+        for stored, direction in zip(directions, new, strict=True):
+            stored.copy_(direction)
     subtract(params, new, rates)
-
-
-@lru_cache(maxsize=1)
-def _compiled_update() -> Callable[..., None]:
-    one = [torch.tensor(1.0, dtype=torch.float64)]
-    probe = ([torch.ones(2)] for _ in range(4))
-    compiled = compile_or_warn(_update, *probe, [], one, one, 1.0, 1.0, 0.0, False)
-
-    def update(*arguments: Any) -> None:
-        # What torch 2.13 compiles for the CPU does not change a 0-dim float64 tensor in place.
-        tensors = ([t.view(1) if t.dim() == 0 else t for t in ts] for ts in arguments[:5])
-        compiled(*tensors, *arguments[5:])
-
-    return update
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
@@ -242,20 +268,20 @@ class Apollo(CheckedOptimizer):
         t = torch.stack(counts).to(scalar_dtype(params[0].device))
         torch._foreach_add_(counts, 1)
         weights = (1 - group["beta"]) / (1 - group["beta"] ** (t + 1))
-        update = _compiled_update() if group["fused"] else _update
-        update(
-            params,
+        eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
+        arguments = (
             [p.grad for p in params if p.grad is not None],
             means,
             curvatures,
             directions,
             list(weights.unbind()),
-            list(self._rates(group, t).unbind()),
             group["sigma"],
-            group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"],
             group["weight_decay"],
             group["maximize"],
         )
+        excess, fourth_powers, secant = _observe(params, *arguments, fused=group["fused"])
+        shifts, rates = _shifts(excess, fourth_powers, eps), list(self._rates(group, t).unbind())
+        _apply(params, secant, shifts, rates, *arguments, fused=group["fused"])
 
     @staticmethod
     def _rates(group: dict[str, Any], t: Tensor) -> Tensor:

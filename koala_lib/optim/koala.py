@@ -9,8 +9,8 @@ released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +25,11 @@ from koala_lib.optim._base import (
     check_dense,
     check_flag,
     check_number,
-    compile_or_warn,
+    decayed,
     squared_norms,
     subtract,
 )
+from koala_lib.optim._fused import Pass
 
 __all__ = ["KoalaM", "KoalaV"]
 
@@ -40,40 +41,61 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
 
 
-def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
-    """h = g + lambda x, leaving ``p.grad`` alone."""
-    return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
+def _average(averages: list[Tensor], params: list[Tensor], weights: Sequence[Tensor]) -> None:
+    """x_avg += weight (x - x_avg)."""
+    for average, x, weight in zip(averages, params, weights, strict=True):
+        average.lerp_(x, weight.to(x.dtype))
 
 
+@Pass
+def _advance(
+    params: list[Tensor], velocities: list[Tensor], averages: list[Tensor], momentum: float, weight: float
+) -> list[Tensor]:
+    """x_avg += weight (x - x_avg), then x += p and p *= kappa; |x - x_avg|^2 of every tensor before x moved."""
+    drifts = []
+    if averages:
+        if isinstance(weight, Tensor):  # compiled
+            _average(averages, params, [weight] * len(averages))
+        elif weight:
+            torch._foreach_lerp_(averages, params, weight)
+        drifts = squared_norms(torch._foreach_sub(params, averages))
+    if velocities:
+        torch._foreach_add_(params, velocities)
+        torch._foreach_mul_(velocities, momentum)
+    return drifts
+
+
+@Pass
+def _observe(
+    params: list[Tensor], grads: list[Tensor], weight_decay: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """|g|^2, |h|^2 and |x|^2 of every tensor; without weight decay the first ones are all."""
+    raw = squared_norms(grads)
+    if not isinstance(weight_decay, Tensor) and not weight_decay:
+        return raw, [], []
+    return raw, squared_norms(decayed(params, grads, weight_decay)), squared_norms(params)
+
+
+@Pass
 def _correct(
     params: list[Tensor],
     velocities: list[Tensor],
+    averages: list[Tensor],
     grads: list[Tensor],
     weight_decay: float,
     observed: Tensor,
     steps: list[Tensor],
     velocity_steps: list[Tensor],
+    weights: list[Tensor],
 ) -> None:
-    """x -= step h and p -= velocity step h, where there was an observation."""
+    """x -= step h and p -= velocity step h, where there was an observation, then x_avg += weight (x - x_avg)."""
     # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
-    directions = [torch.where(observed, h, 0.0) for h in _decayed(params, grads, weight_decay)]
+    directions = [torch.where(observed, h, 0.0) for h in decayed(params, grads, weight_decay)]
     subtract(params, directions, steps)
     if velocities:
         subtract(velocities, directions, velocity_steps)
-
-
-@lru_cache(maxsize=1)
-def _compiled_correct() -> Callable[..., None]:
-    """:func:`_correct` as one compiled pass; the plain one, with a warning, where nothing can compile."""
-    zero = torch.tensor(0.0)
-    compiled = compile_or_warn(_correct, [torch.ones(2)], [], [torch.ones(2)], 0.0, torch.tensor(True), [zero], [])
-
-    def correct(params: list[Tensor], velocities: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
-        # What torch 2.13 compiles for the CPU does not change a 0-dim float64 tensor in place.
-        x, p, g = ([t.view(1) if t.dim() == 0 else t for t in ts] for ts in (params, velocities, grads))
-        compiled(x, p, g, *rest)
-
-    return correct
+    if averages:
+        _average(averages, params, weights)
 
 
 # ---- the optimizers ----------------------------------------------------------------------------------------------
@@ -145,35 +167,30 @@ class _Koala(LossFilter):
     # -- time update -----------------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
-        entries = self._entries()
-        if self._options["process_noise"] is None:
-            entries["process_noise"] = self._process_noise(entries["process_noise"])
+        options, entries = self._options, self._entries()
+        q, beta = entries["process_noise"], options["noise_decay"]
+        adaptive = options["process_noise"] is None
         params = [p for group in self.param_groups for p in group["params"]]
-        if self.has_velocity:
-            for bucket in self._buckets(params):
-                velocities = [self.state[p]["velocity"] for p in bucket]
-                torch._foreach_add_(bucket, velocities)
-                torch._foreach_mul_(velocities, self._options["momentum"])
+        drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
+        kappa = options["momentum"] if self.has_velocity else 0.0
+        weight = 0.0 if self._released else 1 - beta  # the released code averages after the update (released row 2)
+        for bucket in self._buckets(params) if self.has_velocity or adaptive else ():
+            velocities = self._kept(bucket, "velocity", self.has_velocity)
+            averages = self._kept(bucket, "average", adaptive)
+            for squared in _advance(bucket, velocities, averages, kappa, weight, fused=options["fused"]):
+                drift += squared.to(drift.device)
+        if adaptive:  # q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)
+            n = sum(p.numel() for p in params)
+            estimate = kalman.running_average(q, drift.sqrt() / n, beta) if self._released else drift / n
+            entries["process_noise"] = estimate
         entries |= self._predict_covariance(entries)
         self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
 
+    def _kept(self, params: list[Tensor], name: str, exists: bool) -> list[Tensor]:
+        return [self.state[p][name] for p in params] if exists else []
+
     def _predict_covariance(self, entries: Entries) -> Entries:
         raise NotImplementedError
-
-    def _process_noise(self, q: Tensor) -> Tensor:
-        """q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)."""
-        beta = self._options["noise_decay"]
-        params = [p for group in self.param_groups for p in group["params"]]
-        drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
-        for bucket in self._buckets(params):
-            averages = [self.state[p]["average"] for p in bucket]
-            if not self._released:
-                torch._foreach_lerp_(averages, bucket, 1 - beta)
-            for squared in squared_norms(torch._foreach_sub(bucket, averages)):
-                drift += squared.to(drift.device)
-        n = sum(p.numel() for p in params)
-        estimate: Tensor = drift / n
-        return kalman.running_average(q, drift.sqrt() / n, beta) if self._released else estimate
 
     # -- measurement update ----------------------------------------------------------------------------------------
 
@@ -231,11 +248,9 @@ class _Koala(LossFilter):
         weights: list[Tensor] = []
         for bucket in self._buckets(params):
             ordered += bucket
-            grads = _gradients(bucket)
-            raw += squared_norms(grads)
-            if weight_decay:
-                decayed += squared_norms(_decayed(bucket, grads, weight_decay))
-                weights += squared_norms(bucket)
+            norms = _observe(bucket, _gradients(bucket), weight_decay, fused=self._options["fused"])
+            for of_all, of_bucket in zip((raw, decayed, weights), norms, strict=True):
+                of_all += of_bucket
         g2, h2, x2 = (
             torch.stack([n.to(entries.device) for n in norms]) if norms else entries.new_zeros(len(raw))
             for norms in (raw, decayed or raw, weights)
@@ -256,27 +271,23 @@ class _Koala(LossFilter):
         # The released KOALA-V moves along the gradient without weight decay (released row 9).
         plain = self._released and not self.has_velocity
         weight_decay = 0.0 if plain else blocks.group["weight_decay"]
-        correct = _compiled_correct() if self._options["fused"] else _correct
+        averaging = self._released and self._options["process_noise"] is None
         steps = iter((entries["variance"] * step).unbind())
         velocity_steps = iter((entries["covariance"] * step).unbind() if self.has_velocity else ())
+        # x_avg after the update, for tensors with a usable gradient only (released row 2)
+        weights = iter(((1 - self._options["noise_decay"]) * usable.to(step.dtype)).unbind() if averaging else ())
         for params in self._buckets(blocks.params):
             device = params[0].device
-            velocities = [self.state[p]["velocity"] for p in params] if self.has_velocity else []
-            correct(
+            _correct(
                 params,
-                velocities,
+                self._kept(params, "velocity", self.has_velocity),
+                self._kept(params, "average", averaging),
                 _gradients(params),
                 weight_decay,
                 usable.any().to(device),
-                [next(steps).to(device) for _ in params],
-                [next(velocity_steps).to(device) for _ in velocities],
+                *([s.to(device) for s in islice(of, len(params))] for of in (steps, velocity_steps, weights)),
+                fused=self._options["fused"],
             )
-        if self._released and self._options["process_noise"] is None:
-            # x_avg after the update, for tensors with a usable gradient only (released row 2)
-            weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
-            for p, weight in zip(blocks.params, weights.unbind(), strict=True):
-                average = self.state[p]["average"]
-                average.lerp_(p, weight.to(device=p.device, dtype=p.dtype))
 
 
 class KoalaV(_Koala):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koala_lib import bench_meka, models, paths
+from koala_lib import bench_fused, bench_meka, models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.timing import Row, interleave, now, spread
@@ -53,6 +53,7 @@ TRAINED: dict[str, Factory] = {
     "Adam": lambda p: torch.optim.Adam(p, 1e-9, weight_decay=5e-4, fused=True),
     "KOALA-V": lambda p: KoalaV(p, 1e-9, weight_decay=5e-4, formulas="released"),
     "KOALA-M": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
+    "KOALA-M, compiled": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released", fused=True),
 }
 
 
@@ -321,14 +322,29 @@ def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> Non
 
 def _sections(device: str, whole: bool) -> dict[str, Callable[[], list[Row]]]:
     networks = [(m, with_gradients(image_network(m, device=device).parameters())) for m in ("resnet18", "resnet50")]
+    threads = [1] if device != "cpu" else sorted({1, os.cpu_count() or 1})
     sections: dict[str, Callable[[], list[Row]]] = {
-        "step": lambda: [{"model": m} | r for m, p in networks for r in measure(p, device=device)],
+        "step": lambda: [
+            {"model": m, "threads": n} | r for n in threads for m, p in networks for r in _with_threads(n, p, device)
+        ],
+        "bandwidth": lambda: [{"model": m} | bench_fused.bandwidth(p, device=device) for m, p in networks],
+        "flatness": lambda: bench_fused.flatness(device=device),
+        "compile": lambda: bench_fused.compile_time(device=device),
         "memory": lambda: [{"model": m} | r for m, p in networks for r in memory(p, CONTENDERS)],
         "sweep": lambda: sweep({name: CONTENDERS[name] for name in SWEPT}, device=device),
     }
     if whole:
         sections["training_step"] = lambda: training_step(device=device)
     return sections
+
+
+def _with_threads(threads: int, params: list[Tensor], device: str) -> list[Row]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return measure(params, CONTENDERS | bench_fused.FUSED, device=device)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _meka_sections(device: str) -> dict[str, Callable[[], list[Row]]]:
@@ -348,6 +364,13 @@ def _show(section: str, rows: list[Row]) -> None:
         frame = (
             frame.groupby(["network", "batch_size", "optimizer"], sort=False)[["ms", "ratio"]].median().reset_index()
         )
+    if section == "step":
+        from koala_lib import plots
+
+        print(frame.round(3).to_string(index=False))
+        print("\ngoals\n" + pd.DataFrame(bench_fused.goals(rows)).round(2).to_string(index=False))
+        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "bench_step", {"measured": str(file().name)}))
+        return
     if section != "sweep":
         print(frame.round(3).to_string(index=False))
         return

@@ -185,7 +185,7 @@ def test_every_combination_with_fused(cls: type, weight_decay: float, traced_pas
     for _, options in (r for r in RUNS if r[0] is cls and r[1]["weight_decay"] == weight_decay):
         assert_equal_runs(cls, options, fused=True)
     # Three passes; averages or not, and when they move.
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
 
 
 @pytest.mark.parametrize("scalar", [False, True], ids=["per-sample", "scalar"])

@@ -30,6 +30,7 @@ from koala_lib.optim._base import (
     squared_norms,
     subtract,
 )
+from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, shard_counts
 
 __all__ = ["Apollo"]
 
@@ -48,7 +49,13 @@ def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float) -> 
     return list(torch._foreach_div(_wide(means), D))
 
 
-def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
+def weak_secant_update(
+    curvatures: list[Tensor],
+    directions: list[Tensor],
+    changes: list[Tensor],
+    eps: float,
+    whole: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     r"""Change the diagonal B of every tensor in place, as little as the weak secant equation allows (8):
 
     .. math::
@@ -59,13 +66,16 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         directions: d, the last displacement divided by minus the learning rate.
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
+        whole: where the tensors are shards, what turns sums over the shards (2, tensors) into sums over all of them.
     """
     products = torch._foreach_addcmul(changes, _wide(curvatures), directions)  # y + B d
     torch._foreach_mul_(products, directions)
-    sums = (t.sum() for t in products)
-    excess = torch.stack([s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums])  # a DTensor's, whole
+    excess = torch.stack([t.sum() for t in products])
     squares = list(torch._foreach_mul(directions, directions))
-    norm = torch.stack(squared_norms(squares)).sqrt().sqrt()  # |d|_4
+    fourth = torch.stack(squared_norms(squares))  # sum of d^4
+    if whole is not None:
+        excess, fourth = whole(torch.stack([excess.to(fourth), fourth]))
+    norm = fourth.sqrt().sqrt()
     scale = (norm + eps).square().square()
     subtract(curvatures, squares, list(torch.where(scale == 0, 0.0, excess / scale).unbind()))
 
@@ -82,6 +92,7 @@ def _update(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """One step of Algorithm 1 in place, given the weight of the new gradient in m and the learning rate of every
     tensor. Decay goes into the direction where ``directions`` are stored, else into the gradient."""
@@ -93,7 +104,7 @@ def _update(
     changes = list(torch._foreach_sub(grads, means))
     for change, weight in zip(changes, weights, strict=True):
         change.mul_(weight)  # m_{t+1} - m_t (9)
-    weak_secant_update(curvatures, _wide(directions) or _directions(means, curvatures, sigma), changes, eps)
+    weak_secant_update(curvatures, _wide(directions) or _directions(means, curvatures, sigma), changes, eps, whole)
     torch._foreach_add_(means, changes)
     new = _directions(means, curvatures, sigma)
     if directions:
@@ -150,10 +161,14 @@ class Apollo(CheckedOptimizer):
         maximize: ascend.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
-        fused: ``True`` compiles the update; ``None`` never does.
+        fused: ``True`` compiles the update, except that of DTensors; ``None`` never does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Several devices: under ``DistributedDataParallel`` every rank computes the same. DTensors, as ``fully_shard`` makes
+    them, are updated where their shards lie, and their sums joined in one collective per param group (of each mesh
+    dimension).
 
     State per tensor: ``mean`` (m), ``curvature`` (B) and the number of gradients ``step``. The direction is computed
     anew from the first two; only with decoupled decay it is kept, as ``direction``. A gradient that is not finite makes
@@ -217,10 +232,12 @@ class Apollo(CheckedOptimizer):
         observed = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         for params in observed:
             check_dense(type(self).__name__, params)
+        ranks = rank_groups(p for params in observed for p in params)
         for group, params in zip(self.param_groups, observed, strict=True):
             self._initialise(group, params)
-            for bucket in buckets(params, foreach=group["foreach"], fused=group["fused"]):
-                self._step(group, bucket)
+            # One collective for all tensors, if they are spread over several ranks.
+            for bucket in buckets(params, foreach=True if ranks else group["foreach"], fused=group["fused"]):
+                self._step(group, bucket, ranks)
         return loss
 
     def _initialise(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -235,17 +252,23 @@ class Apollo(CheckedOptimizer):
                 (d,) = _directions([state["mean"]], [state["curvature"]], group["sigma"])
                 state["direction"] = d.to(p.dtype)
 
-    def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        counts, means, curvatures = ([self.state[p][name] for p in params] for name in ("step", "mean", "curvature"))
+    def _step(self, group: dict[str, Any], params: list[Tensor], ranks: list[Any]) -> None:
+        counts, means, curvatures = (
+            local(self.state[p][name] for p in params) for name in ("step", "mean", "curvature")
+        )
         decoupled = group["decoupled_weight_decay"]
-        directions = [self.state[p]["direction"] for p in params] if decoupled else []
+        directions = local(self.state[p]["direction"] for p in params) if decoupled else []
         t = torch.stack(counts).to(scalar_dtype(params[0].device))
         torch._foreach_add_(counts, 1)
         weights = (1 - group["beta"]) / (1 - group["beta"] ** (t + 1))
-        update = _compiled_update() if group["fused"] else _update
+
+        def whole(sums: Tensor) -> Tensor:
+            return mean_over_ranks(sums * sums.new_tensor(shard_counts(params)), ranks)
+
+        update = _compiled_update() if group["fused"] and not ranks else _update
         update(
-            params,
-            [p.grad for p in params if p.grad is not None],
+            local(params),
+            local_gradients(params),
             means,
             curvatures,
             directions,
@@ -255,6 +278,7 @@ class Apollo(CheckedOptimizer):
             group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"],
             group["weight_decay"],
             group["maximize"],
+            whole if ranks else None,
         )
 
     @staticmethod

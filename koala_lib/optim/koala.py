@@ -29,15 +29,20 @@ from koala_lib.optim._base import (
     squared_norms,
     subtract,
 )
+from koala_lib.optim._sharded import (
+    check_meshes,
+    is_sharded,
+    local,
+    local_gradients,
+    mean_over_ranks,
+    rank_groups,
+    shard_counts,
+)
 
 __all__ = ["KoalaM", "KoalaV"]
 
 
 # ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
-
-
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> list[Tensor]:
@@ -142,6 +147,11 @@ class _Koala(LossFilter):
                 if self._options["process_noise"] is None and "average" not in self.state[p]:
                     self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if self._process_group is not None:
+            check_meshes(group["params"], self._process_group)
+
     # -- time update -----------------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
@@ -151,8 +161,8 @@ class _Koala(LossFilter):
         params = [p for group in self.param_groups for p in group["params"]]
         if self.has_velocity:
             for bucket in self._buckets(params):
-                velocities = [self.state[p]["velocity"] for p in bucket]
-                torch._foreach_add_(bucket, velocities)
+                velocities = local(self.state[p]["velocity"] for p in bucket)
+                torch._foreach_add_(local(bucket), velocities)
                 torch._foreach_mul_(velocities, self._options["momentum"])
         entries |= self._predict_covariance(entries)
         self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
@@ -166,11 +176,14 @@ class _Koala(LossFilter):
         params = [p for group in self.param_groups for p in group["params"]]
         drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
         for bucket in self._buckets(params):
-            averages = [self.state[p]["average"] for p in bucket]
+            weights, averages = local(bucket), local(self.state[p]["average"] for p in bucket)
             if not self._released:
-                torch._foreach_lerp_(averages, bucket, 1 - beta)
-            for squared in squared_norms(torch._foreach_sub(bucket, averages)):
-                drift += squared.to(drift.device)
+                torch._foreach_lerp_(averages, weights, 1 - beta)
+            squares = squared_norms(torch._foreach_sub(weights, averages))
+            for squared, shards in zip(squares, shard_counts(bucket), strict=True):
+                drift += shards * squared.to(drift.device)
+        if any(map(is_sharded, params)):
+            drift = mean_over_ranks(drift, self._rank_groups())
         n = sum(p.numel() for p in params)
         estimate: Tensor = drift / n
         return kalman.running_average(q, drift.sqrt() / n, beta) if self._released else estimate
@@ -184,9 +197,7 @@ class _Koala(LossFilter):
             entries["skipped_steps"].add_(1)
             return losses[0] / losses[2]
         sizes = [len(blocks.params) for blocks in groups]
-        losses, raw, squared = self._reduced(
-            losses, torch.cat([b.raw for b in groups]), torch.cat([b.decayed for b in groups])
-        )
+        losses, raw, squared, decay_loss = self._reduced(losses, groups)
         mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
 
         # Skip rule: the paper leaves out the whole step, the released code single tensors (released row 8).
@@ -199,7 +210,6 @@ class _Koala(LossFilter):
             R = kalman.running_average(R, mean_square, options["noise_decay"])
 
         squared = squared.masked_fill(~usable, 0.0)
-        decay_loss = torch.cat([b.decay_loss for b in groups])
         if options["blocks"] == "global":
             squared = squared.sum().expand_as(squared)
             decay_loss = decay_loss.masked_fill(~usable, 0.0).sum().expand_as(squared)
@@ -231,25 +241,32 @@ class _Koala(LossFilter):
         weights: list[Tensor] = []
         for bucket in self._buckets(params):
             ordered += bucket
-            grads = _gradients(bucket)
+            x, grads = local(bucket), local_gradients(bucket)
             raw += squared_norms(grads)
             if weight_decay:
-                decayed += squared_norms(_decayed(bucket, grads, weight_decay))
-                weights += squared_norms(bucket)
+                decayed += squared_norms(_decayed(x, grads, weight_decay))
+                weights += squared_norms(x)
         g2, h2, x2 = (
             torch.stack([n.to(entries.device) for n in norms]) if norms else entries.new_zeros(len(raw))
             for norms in (raw, decayed or raw, weights)
         )
         return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
 
-    def _reduced(self, losses: Tensor, raw: Tensor, squared: Tensor) -> tuple[Tensor, ...]:
-        """Sum of the losses and mean of the norms over the process group, in one collective."""
-        if self._process_group is None:
-            return losses, raw, squared
-        ranks = dist.get_world_size(self._process_group)
-        together = torch.cat([losses, raw / ranks, squared / ranks])
-        dist.all_reduce(together, group=self._process_group)
-        return tuple(torch.split(together, [len(losses), len(raw), len(squared)]))
+    def _rank_groups(self) -> list[Any]:
+        """The process groups whose ranks keep one filter."""
+        if self._process_group is not None:
+            return [self._process_group]
+        return rank_groups(p for group in self.param_groups for p in group["params"])
+
+    def _reduced(self, losses: Tensor, groups: list[_Blocks]) -> tuple[Tensor, ...]:
+        """Losses, and the three norms of all blocks: means over the ranks, in one collective, of whole tensors."""
+        norms = [torch.cat(parts) for parts in zip(*((b.raw, b.decayed, b.decay_loss) for b in groups), strict=True)]
+        ranks = self._rank_groups()
+        if not ranks:
+            return losses, *norms
+        shards = losses.new_tensor(shard_counts(p for blocks in groups for p in blocks.params))
+        together = mean_over_ranks(torch.cat([losses, *(n * shards for n in norms)]), ranks)
+        return tuple(torch.split(together, [len(losses), *(len(n) for n in norms)]))
 
     def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
         """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""
@@ -261,11 +278,11 @@ class _Koala(LossFilter):
         velocity_steps = iter((entries["covariance"] * step).unbind() if self.has_velocity else ())
         for params in self._buckets(blocks.params):
             device = params[0].device
-            velocities = [self.state[p]["velocity"] for p in params] if self.has_velocity else []
+            velocities = local(self.state[p]["velocity"] for p in params) if self.has_velocity else []
             correct(
-                params,
+                local(params),
                 velocities,
-                _gradients(params),
+                local_gradients(params),
                 weight_decay,
                 usable.any().to(device),
                 [next(steps).to(device) for _ in params],
@@ -274,9 +291,9 @@ class _Koala(LossFilter):
         if self._released and self._options["process_noise"] is None:
             # x_avg after the update, for tensors with a usable gradient only (released row 2)
             weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
-            for p, weight in zip(blocks.params, weights.unbind(), strict=True):
-                average = self.state[p]["average"]
-                average.lerp_(p, weight.to(device=p.device, dtype=p.dtype))
+            averages = local(self.state[p]["average"] for p in blocks.params)
+            for x, average, weight in zip(local(blocks.params), averages, weights.unbind(), strict=True):
+                average.lerp_(x, weight.to(device=x.device, dtype=x.dtype))
 
 
 class KoalaV(_Koala):
@@ -304,13 +321,19 @@ class KoalaV(_Koala):
         weight_decay: lambda of an L2 term inside the loss and the gradient.
         min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
         formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
-        process_group: where given, losses and norms are reduced over it, so that all replicas keep one filter.
+        process_group: where given, losses and norms are reduced over it in one collective, so that all ranks keep one
+            filter; ``DistributedDataParallel`` needs it. DTensors, as ``fully_shard`` makes them, need it not: they
+            reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
         fused: ``True`` compiles the update; ``None`` never does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Several devices: R and e come from the losses of all ranks, sample by sample, as from one joined batch, while DDP
+    and FSDP average the gradients rank by rank. With unequal batches, call ``backward`` on
+    ``losses.sum() * ranks / samples_of_all_ranks``.
 
     Differs from the authors' code unless ``formulas="released"``: there the step follows the gradient without weight
     decay, although S uses it. Extra memory: none with a fixed process noise, one tensor per parameter without, of the

@@ -162,8 +162,8 @@ class Meka(ScalarFilter):
             )
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise ValueError(
-                "Meka runs in one process: it measures variances between samples, which DDP would not join; give it the "
-                "module inside DistributedDataParallel and the whole batch"
+                "Meka runs in one process, but the model holds a DistributedDataParallel: give it the module inside "
+                "and the whole batch"
             )
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got a {type(loss_fn).__name__}")

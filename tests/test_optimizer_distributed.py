@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ SHARES = {  # of the batch, by rank: of different sizes
     2: [slice(0, 5), slice(5, 7)],
     4: [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)],
 }
-WAYS = {2: ["ddp", "fsdp", "fsdp, group"], 4: ["ddp", "fsdp", "fsdp, group", "hsdp", "hsdp, group"]}
+WAYS = {2: ["ddp", "fsdp", "fsdp, group"], 4: ["ddp", "fsdp", "hsdp", "hsdp, group"]}
 SPREAD = [case for case in CASES if "foreach" not in case.kwargs]
+FUSED = ["V-released", "M", "Apollo"]
 each_way = pytest.mark.parametrize(("world", "way"), [(n, way) for n, ways in WAYS.items() for way in ways])
 each_spread = pytest.mark.parametrize("case", SPREAD, ids=str)
 
@@ -69,26 +71,28 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def advance(net: nn.Module, module: nn.Module, optimizer: Any, steps: range) -> dict[str, Any]:
-    """Train on this rank's share; all that training goes on from, the path there, and the number of collectives."""
+    """Train on this rank's share; all that training goes on from, the path there, and collectives of two steps."""
     ranks = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     path, returned, collectives = [], [], []
     filters = hasattr(optimizer, "predict")
     for k in steps:
-        with CommDebugMode() as calls:
-            if filters:
+        calls = [CommDebugMode() if k < 2 else nullcontext() for _ in range(2)]
+        if filters:
+            with calls[0]:
                 optimizer.predict()
-        predicting = calls.get_total_counts()
         optimizer.zero_grad()
         losses = losses_of(module, k, BATCH, SHARES[ranks][rank])
         (losses.sum() * ranks / BATCH).backward()  # the mean over the ranks of this is the mean over the samples
         if k == NAN_STEP and rank == ranks - 1:
             losses = losses * torch.nan
-        with CommDebugMode() as calls:
+        with calls[1]:
             mean = optimizer.step(**({"loss": losses} if filters else {}))
-        collectives.append((predicting, calls.get_total_counts()))
+        if k < 2:
+            collectives.append(tuple(c.get_total_counts() for c in calls))
         returned.append(float("nan") if mean is None else float(mean))
-        path.append(torch.cat([whole(p).reshape(-1) for p in net.parameters()]))
+        if k % 3 == 0:
+            path.append(torch.cat([whole(p).reshape(-1) for p in net.parameters()]))
     names = {p: name for name, p in net.named_parameters()}
     state = {
         f"{names[p]}.{key}": whole(value) for p, entries in optimizer.state.items() for key, value in entries.items()
@@ -102,10 +106,12 @@ def advance(net: nn.Module, module: nn.Module, optimizer: Any, steps: range) -> 
     }
 
 
-def assert_close(actual: dict[str, Any], expected: dict[str, Any], last: int = STEPS) -> None:
-    torch.testing.assert_close(actual["path"], expected["path"][-last:], rtol=0, atol=1e-10)
+def assert_close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """On the last steps, if only they were made again."""
+    for name in ("path", "returned"):
+        last = expected[name][-len(actual[name]) :]
+        torch.testing.assert_close(actual[name], last, rtol=0, atol=1e-10, equal_nan=True)
     torch.testing.assert_close(actual["filter"], expected["filter"], rtol=1e-10, atol=0)
-    torch.testing.assert_close(actual["returned"], expected["returned"][-last:], rtol=1e-10, atol=0, equal_nan=True)
     assert actual["state"].keys() == expected["state"].keys()
     for name, value in expected["state"].items():
         torch.testing.assert_close(actual["state"][name], value, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
@@ -128,12 +134,12 @@ def load(net: nn.Module, optimizer: Any, folder: str) -> None:
 # ---------------------------------------------------------------- tensors distributed by hand
 
 
-def by_hand(case: Case, mesh: Any, foreach: bool) -> dict[str, Any]:
+def by_hand(case: Case, mesh: Any) -> dict[str, Any]:
     """Replicas and a second dimension cut, beside `out`, a plain tensor; the same losses on every rank."""
     net = Net()
     for name, where in {"weight": Shard(1), "bias": Shard(0), "scale": Replicate()}.items():
         setattr(net, name, nn.Parameter(distribute_tensor(net.get_parameter(name).detach(), mesh, [where])))
-    optimizer = case(net.parameters(), foreach=foreach)
+    optimizer = case(net.parameters())
     plain = Net()
     for k in range(STEPS):
         if case.filters:
@@ -214,11 +220,10 @@ def work(rank: int, world: int, folder: str) -> None:
     if world == 2:
         mesh = init_device_mesh("cpu", (2,))
         for case in CASES:
-            for foreach in (False, True):
-                results[f"{case} by hand {foreach}"] = by_hand(case, mesh, foreach)
+            results[f"{case} by hand"] = by_hand(case, mesh)
         results["implicit"] = advance(*build(Case("", KoalaV), ""), range(STEPS))
         results["skipped"] = [skipped_below(0.9), skipped_below(1.1)]
-        results["fused"] = {f"{case}": fused(case) for case in SPREAD}
+        results["fused"] = {f"{case}": fused(case) for case in SPREAD if f"{case}" in FUSED}
     else:
         mesh = hsdp_mesh()
         net = fully_shard(Spread(), mesh=mesh)
@@ -265,7 +270,7 @@ def test_one_collective_a_step(case: Case, world: int, way: str, ranks: Any) -> 
     apollo = 0 if way == "ddp" else 2 * dimensions  # one for each param group
     expected = (adaptive * dimensions, dimensions) if case.filters else (0, apollo)
     for rank in ranks[world]:
-        assert rank[f"{case}, {way}"]["collectives"] == [expected] * STEPS
+        assert rank[f"{case}, {way}"]["collectives"] == [expected] * 2
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
@@ -280,23 +285,22 @@ def test_a_checkpoint_of_two_ranks_resumes_on(case: Case, world: int, way: str, 
     else:
         resumed = [rank[f"{case}, {way} resumed"] for rank in ranks[world]]
     for result in resumed:
-        assert_close(result, alone[f"{case}"], last=STEPS - SAVED)
+        assert_close(result, alone[f"{case}"])
 
 
-@pytest.mark.parametrize("foreach", [False, True])
 @each_case
-def test_tensors_distributed_by_hand(case: Case, foreach: bool, ranks: Any) -> None:
+def test_tensors_distributed_by_hand(case: Case, ranks: Any) -> None:
     net = Net()
     optimizer = case(net.parameters())
     for k in range(STEPS):
         optimizer.step(lambda k=k: evaluate(net, optimizer, k))
     for rank in ranks[2]:
-        result = rank[f"{case} by hand {foreach}"]
+        result = rank[f"{case} by hand"]
         torch.testing.assert_close(result["weights"], weights(net), rtol=0, atol=1e-12)
         assert result["filter"] == pytest.approx(optimizer.filter_state() if case.filters else {}, rel=1e-10)
 
 
-@each_spread
+@pytest.mark.parametrize("case", [case for case in SPREAD if f"{case}" in FUSED], ids=str)
 def test_fused_shards_reach_the_compiler_as_plain_tensors(case: Case, ranks: Any, alone: Any) -> None:
     for rank in ranks[2]:
         result = rank["fused"][f"{case}"]
@@ -312,7 +316,7 @@ def test_the_threshold_of_small_gradients_does_not_grow_with_the_ranks(ranks: An
 def test_a_process_group_is_never_implicit(ranks: Any) -> None:
     first, second = (rank["implicit"] for rank in ranks[2])
     assert not torch.equal(first["filter"], second["filter"])
-    assert first["collectives"] == [(0, 0)] * STEPS
+    assert first["collectives"] == [(0, 0)] * 2
 
 
 def test_a_process_group_must_hold_the_mesh(ranks: Any) -> None:

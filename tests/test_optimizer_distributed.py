@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from koala_lib import KoalaM, KoalaV, Meka
+from koala_lib import KoalaM, KoalaV, Meka, paths
 from koala_lib.optim import koala
 
 STEPS, BATCH, NAN_STEP, SAVED = 7, 7, 4, 5
@@ -322,6 +325,15 @@ def test_a_process_group_is_never_implicit(ranks: Any) -> None:
 def test_a_process_group_must_hold_the_mesh(ranks: Any) -> None:
     for rank in ranks[4]:
         assert "give a group with all ranks of the mesh" in rank["part of the mesh"]
+
+
+def test_torchrun_starts_the_script_of_the_notebook(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = paths.notebooks() / "02_going_further_ranks.py"
+    done = subprocess.run([*torchrun, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one filter on all of them: True") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"KoalaM-DDP", "KoalaM-FSDP2", "Apollo-DDP", "Apollo-FSDP2"}
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])

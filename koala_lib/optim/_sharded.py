@@ -11,18 +11,20 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+
+PLAIN = (Tensor, nn.Parameter)  # known at once, since to miss an attribute takes longer
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor."""
-    return hasattr(tensor, "placements")
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
 def local(tensors: Iterable[Any]) -> list[Tensor]:
     """The part of each tensor that lies on this rank, in the same memory. Call without autograd."""
-    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 
 def local_gradients(params: Iterable[Any]) -> list[Tensor]:

@@ -181,7 +181,7 @@ class _Koala(LossFilter):
                 torch._foreach_lerp_(averages, weights, 1 - beta)
             squares = squared_norms(torch._foreach_sub(weights, averages))
             for squared, shards in zip(squares, shard_counts(bucket), strict=True):
-                drift += shards * squared.to(drift.device)
+                drift.add_(squared.to(drift.device), alpha=shards)
         if any(map(is_sharded, params)):
             drift = mean_over_ranks(drift, self._rank_groups())
         n = sum(p.numel() for p in params)

@@ -51,6 +51,7 @@ BESIDE = {"cli.py", "report.py"}  # no notebook uses these
 SHARED = digest(
     *(f for f in CODE.rglob("*.py") if f.name not in BESIDE),
     *paths.claims_dir().glob("*.yaml"),
+    *paths.notebooks().glob("*.py"),  # scripts that notebooks launch
     *paths.results_dir().glob("*.json"),  # the committed benchmark
 )
 

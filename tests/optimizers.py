@@ -74,13 +74,13 @@ class Net(nn.Module):
         return hidden.to(self.out.dtype) @ self.out * self.scale + self.empty.sum()
 
 
-def losses_of(net: nn.Module, k: int, batch: int = 6) -> Tensor:
-    """Squared errors (batch,) on the k-th minibatch."""
+def losses_of(net: nn.Module, k: int, batch: int = 6, rows: slice = slice(None)) -> Tensor:
+    """Squared errors (batch,) on the k-th minibatch, or on some rows of it."""
     generator = torch.Generator().manual_seed(1000 + k)
     inputs = torch.randn(batch, 3, generator=generator, dtype=torch.float64)
     targets = torch.sin(inputs.sum(1)) + 0.3 * torch.randn(batch, generator=generator, dtype=torch.float64)
-    outputs = net(inputs)
-    losses: Tensor = (outputs - targets.to(outputs.dtype)) ** 2 / 2
+    outputs = net(inputs[rows])
+    losses: Tensor = (outputs - targets[rows].to(outputs.dtype)) ** 2 / 2
     return losses
 
 

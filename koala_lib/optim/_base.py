@@ -81,11 +81,10 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6 at any size
         return [t.square().sum().to(scalar_dtype(t.device)) for t in wide(tensors)]
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
-    if tensors[0].device.type == "cpu" and not hasattr(tensors[0], "full_tensor"):
+    if tensors[0].device.type == "cpu":
         return _squared_norms_cpu(tensors, dtype)
     norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
-    whole = (n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms)  # a DTensor's, over its mesh
-    return [n.to(scalar_dtype(n.device)).square() for n in whole]
+    return [n.to(scalar_dtype(n.device)).square() for n in norms]
 
 
 def _squared_norms_cpu(tensors: Sequence[Tensor], dtype: torch.dtype, row: int = 1024) -> list[Tensor]:
@@ -380,7 +379,7 @@ class LossFilter(ScalarFilter):
 def buckets(
     params: list[Tensor], *, foreach: bool | None, fused: bool | None, much: int = 2**18
 ) -> Iterator[list[Tensor]]:
-    """Lists of parameters to treat at once, of one device, dtype and class.
+    """Lists of parameters to treat at once, of one device and dtype.
 
     A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
     elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` large ones alone
@@ -392,9 +391,9 @@ def buckets(
     if foreach is False:
         yield from ([p] for p in params)
     elif foreach or (params and params[0].device.type == "cuda"):
-        kinds: dict[tuple[torch.device, torch.dtype, type], list[Tensor]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
-            kinds.setdefault((p.device, p.dtype, type(p)), []).append(p)
+            kinds.setdefault((p.device, p.dtype), []).append(p)
         yield from kinds.values()
     else:
         yield from _runs(params, LARGE, much)
@@ -405,7 +404,7 @@ def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]
     run: list[Tensor] = []
     room, kind = 0, None
     for p in params:
-        size, this = p.numel(), (p.device, p.dtype, type(p))
+        size, this = p.numel(), (p.device, p.dtype)
         if run and (size > room or this != kind):
             yield run
             run = []

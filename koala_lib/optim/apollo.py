@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from koala_lib.optim._base import (
     wide,
 )
 from koala_lib.optim._fused import Pass
+from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, shard_counts
 
 __all__ = ["Apollo"]
 
@@ -53,15 +54,13 @@ def _sums(
     """d^T y + d^T B d and |d|_4^4 of every tensor."""
     products = torch._foreach_addcmul(changes, wide(curvatures), directions)  # y + B d
     torch._foreach_mul_(products, directions)
-    sums = (t.sum() for t in products)
-    excess = [s.full_tensor() if hasattr(s, "full_tensor") else s for s in sums]  # a DTensor's, whole
-    return excess, squared_norms(torch._foreach_mul(directions, directions))
+    return [t.sum() for t in products], squared_norms(torch._foreach_mul(directions, directions))
 
 
-def _shifts(excess: list[Tensor], fourth_powers: list[Tensor], eps: float) -> list[Tensor]:
+def _shifts(excess: Tensor, fourth_powers: Tensor, eps: float) -> list[Tensor]:
     """(d^T y + d^T B d) / (|d|_4 + eps)^4 of every tensor."""
-    scale = (torch.stack(fourth_powers).sqrt().sqrt() + eps).square().square()
-    return list(torch.where(scale == 0, 0.0, torch.stack(excess) / scale).unbind())
+    scale = (fourth_powers.sqrt().sqrt() + eps).square().square()
+    return list(torch.where(scale == 0, 0.0, excess / scale).unbind())
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -76,7 +75,8 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    shifts = _shifts(*_sums(curvatures, directions, changes), eps)
+    excess, fourth_powers = map(torch.stack, _sums(curvatures, directions, changes))
+    shifts = _shifts(excess, fourth_powers, eps)
     subtract(curvatures, list(torch._foreach_mul(directions, directions)), shifts)
 
 
@@ -143,6 +143,15 @@ def _apply(
     subtract(params, new, rates)
 
 
+class _Part(NamedTuple):
+    """Tensors of one param group that are treated at once."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    arguments: tuple[Any, ...]  # of _observe
+    rates: Tensor
+
+
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +189,9 @@ class Apollo(CheckedOptimizer):
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Several devices: under ``DistributedDataParallel`` every rank computes the same. DTensors, as ``fully_shard`` makes
+    them, are updated where their shards lie, and their sums are joined in one collective (per mesh dimension).
 
     State per tensor: ``mean`` (m), ``curvature`` (B) and the number of gradients ``step``. The direction is computed
     anew from the first two; only with decoupled decay it is kept, as ``direction``. A gradient that is not finite makes
@@ -243,10 +255,17 @@ class Apollo(CheckedOptimizer):
         observed = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         for params in observed:
             check_dense(type(self).__name__, params)
+        parts: list[_Part] = []
         for group, params in zip(self.param_groups, observed, strict=True):
             self._initialise(group, params)
-            for bucket in buckets(params, foreach=group["foreach"], fused=group["fused"]):
-                self._step(group, bucket)
+            listed = buckets(params, foreach=group["foreach"], fused=group["fused"])
+            parts += [self._part(group, bucket) for bucket in listed]
+        if ranks := rank_groups(p for params in observed for p in params):
+            self._move_shards(parts, ranks)
+        else:
+            for part in parts:
+                excess, fourth_powers, secant = _observe(*part.arguments, fused=part.group["fused"])
+                self._move(part, torch.stack(excess), torch.stack(fourth_powers), secant)
         return loss
 
     def _initialise(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -261,27 +280,36 @@ class Apollo(CheckedOptimizer):
                 (d,) = _directions([state["mean"]], [state["curvature"]], group["sigma"])
                 state["direction"] = d.to(p.dtype)
 
-    def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        counts, means, curvatures = ([self.state[p][name] for p in params] for name in ("step", "mean", "curvature"))
+    def _part(self, group: dict[str, Any], params: list[Tensor]) -> _Part:
+        counts, means, curvatures = (
+            local(self.state[p][name] for p in params) for name in ("step", "mean", "curvature")
+        )
         decoupled = group["decoupled_weight_decay"]
-        directions = [self.state[p]["direction"] for p in params] if decoupled else []
+        directions = local(self.state[p]["direction"] for p in params) if decoupled else []
         t = torch.stack(counts).to(scalar_dtype(params[0].device))
         torch._foreach_add_(counts, 1)
-        weights = (1 - group["beta"]) / (1 - group["beta"] ** (t + 1))
+        weights = list(((1 - group["beta"]) / (1 - group["beta"] ** (t + 1))).unbind())
+        tensors = (local(params), local_gradients(params), means, curvatures, directions, weights)
+        options = (group["sigma"], group["weight_decay"], group["maximize"])
+        return _Part(group, params, (*tensors, *options), self._rates(group, t))
+
+    def _move(self, part: _Part, excess: Tensor, fourth_powers: Tensor, secant: Secant | None) -> None:
+        group = part.group
         eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
-        arguments = (
-            [p.grad for p in params if p.grad is not None],
-            means,
-            curvatures,
-            directions,
-            list(weights.unbind()),
-            group["sigma"],
-            group["weight_decay"],
-            group["maximize"],
-        )
-        excess, fourth_powers, secant = _observe(params, *arguments, fused=group["fused"])
-        shifts, rates = _shifts(excess, fourth_powers, eps), list(self._rates(group, t).unbind())
-        _apply(params, secant, shifts, rates, *arguments, fused=group["fused"])
+        shifts = _shifts(excess, fourth_powers, eps)
+        params, *rest = part.arguments
+        _apply(params, secant, shifts, list(part.rates.unbind()), *rest, fused=group["fused"])
+
+    def _move_shards(self, parts: list[_Part], ranks: list[Any]) -> None:
+        """All sums are made and joined in one collective before anything moves."""
+        sums = [_observe(*part.arguments, fused=part.group["fused"])[:2] for part in parts]
+        shards = shard_counts(p for part in parts for p in part.params)
+        here = torch.cat([torch.stack([torch.stack(e).to(f[0]), torch.stack(f)]) for e, f in sums], dim=1)
+        whole = mean_over_ranks(here * here.new_tensor(shards), ranks)
+        for part, (excess, fourth_powers) in zip(
+            parts, torch.split(whole, [len(p.params) for p in parts], 1), strict=True
+        ):
+            self._move(part, excess, fourth_powers, None)
 
     @staticmethod
     def _rates(group: dict[str, Any], t: Tensor) -> Tensor:

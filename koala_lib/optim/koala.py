@@ -30,15 +30,20 @@ from koala_lib.optim._base import (
     subtract,
 )
 from koala_lib.optim._fused import Pass
+from koala_lib.optim._sharded import (
+    check_meshes,
+    is_sharded,
+    local,
+    local_gradients,
+    mean_over_ranks,
+    rank_groups,
+    shard_counts,
+)
 
 __all__ = ["KoalaM", "KoalaV"]
 
 
 # ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
-
-
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 def _average(averages: list[Tensor], params: list[Tensor], weights: Sequence[Tensor]) -> None:
@@ -164,6 +169,11 @@ class _Koala(LossFilter):
                 if self._options["process_noise"] is None and "average" not in self.state[p]:
                     self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
 
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if self._process_group is not None:
+            check_meshes(group["params"], self._process_group)
+
     # -- time update -----------------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
@@ -177,8 +187,11 @@ class _Koala(LossFilter):
         for bucket in self._buckets(params) if self.has_velocity or adaptive else ():
             velocities = self._kept(bucket, "velocity", self.has_velocity)
             averages = self._kept(bucket, "average", adaptive)
-            for squared in _advance(bucket, velocities, averages, kappa, weight, fused=options["fused"]):
-                drift += squared.to(drift.device)
+            drifts = _advance(local(bucket), velocities, averages, kappa, weight, fused=options["fused"])
+            for squared, shards in zip(drifts, shard_counts(bucket) if adaptive else (), strict=True):
+                drift.add_(squared.to(drift.device), alpha=shards)
+        if adaptive and any(map(is_sharded, params)):
+            drift = mean_over_ranks(drift, self._rank_groups())
         if adaptive:  # q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)
             n = sum(p.numel() for p in params)
             estimate = kalman.running_average(q, drift.sqrt() / n, beta) if self._released else drift / n
@@ -187,7 +200,7 @@ class _Koala(LossFilter):
         self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
 
     def _kept(self, params: list[Tensor], name: str, exists: bool) -> list[Tensor]:
-        return [self.state[p][name] for p in params] if exists else []
+        return local(self.state[p][name] for p in params) if exists else []
 
     def _predict_covariance(self, entries: Entries) -> Entries:
         raise NotImplementedError
@@ -201,9 +214,7 @@ class _Koala(LossFilter):
             entries["skipped_steps"].add_(1)
             return losses[0] / losses[2]
         sizes = [len(blocks.params) for blocks in groups]
-        losses, raw, squared = self._reduced(
-            losses, torch.cat([b.raw for b in groups]), torch.cat([b.decayed for b in groups])
-        )
+        losses, raw, squared, decay_loss = self._reduced(losses, groups)
         mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
 
         # Skip rule: the paper leaves out the whole step, the released code single tensors (released row 8).
@@ -216,7 +227,6 @@ class _Koala(LossFilter):
             R = kalman.running_average(R, mean_square, options["noise_decay"])
 
         squared = squared.masked_fill(~usable, 0.0)
-        decay_loss = torch.cat([b.decay_loss for b in groups])
         if options["blocks"] == "global":
             squared = squared.sum().expand_as(squared)
             decay_loss = decay_loss.masked_fill(~usable, 0.0).sum().expand_as(squared)
@@ -248,7 +258,7 @@ class _Koala(LossFilter):
         weights: list[Tensor] = []
         for bucket in self._buckets(params):
             ordered += bucket
-            norms = _observe(bucket, _gradients(bucket), weight_decay, fused=self._options["fused"])
+            norms = _observe(local(bucket), local_gradients(bucket), weight_decay, fused=self._options["fused"])
             for of_all, of_bucket in zip((raw, decayed, weights), norms, strict=True):
                 of_all += of_bucket
         g2, h2, x2 = (
@@ -257,14 +267,21 @@ class _Koala(LossFilter):
         )
         return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
 
-    def _reduced(self, losses: Tensor, raw: Tensor, squared: Tensor) -> tuple[Tensor, ...]:
-        """Sum of the losses and mean of the norms over the process group, in one collective."""
-        if self._process_group is None:
-            return losses, raw, squared
-        ranks = dist.get_world_size(self._process_group)
-        together = torch.cat([losses, raw / ranks, squared / ranks])
-        dist.all_reduce(together, group=self._process_group)
-        return tuple(torch.split(together, [len(losses), len(raw), len(squared)]))
+    def _rank_groups(self) -> list[Any]:
+        """The process groups whose ranks keep one filter."""
+        if self._process_group is not None:
+            return [self._process_group]
+        return rank_groups(p for group in self.param_groups for p in group["params"])
+
+    def _reduced(self, losses: Tensor, groups: list[_Blocks]) -> tuple[Tensor, ...]:
+        """Losses, and the three norms of all blocks: means over the ranks, in one collective, of whole tensors."""
+        norms = [torch.cat(parts) for parts in zip(*((b.raw, b.decayed, b.decay_loss) for b in groups), strict=True)]
+        ranks = self._rank_groups()
+        if not ranks:
+            return losses, *norms
+        shards = losses.new_tensor(shard_counts(p for blocks in groups for p in blocks.params))
+        together = mean_over_ranks(torch.cat([losses, *(n * shards for n in norms)]), ranks)
+        return tuple(torch.split(together, [len(losses), *(len(n) for n in norms)]))
 
     def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
         """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""
@@ -279,10 +296,10 @@ class _Koala(LossFilter):
         for params in self._buckets(blocks.params):
             device = params[0].device
             _correct(
-                params,
+                local(params),
                 self._kept(params, "velocity", self.has_velocity),
                 self._kept(params, "average", averaging),
-                _gradients(params),
+                local_gradients(params),
                 weight_decay,
                 usable.any().to(device),
                 *([s.to(device) for s in islice(of, len(params))] for of in (steps, velocity_steps, weights)),
@@ -315,13 +332,19 @@ class KoalaV(_Koala):
         weight_decay: lambda of an L2 term inside the loss and the gradient.
         min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
         formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
-        process_group: where given, losses and norms are reduced over it, so that all replicas keep one filter.
+        process_group: where given, losses and norms are reduced over it in one collective, so that all ranks keep one
+            filter; ``DistributedDataParallel`` needs it. DTensors, as ``fully_shard`` makes them, need it not: they
+            reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
         fused: ``True`` compiles the update; ``None`` never does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
+
+    Several devices: R and e come from the losses of all ranks, sample by sample, as from one joined batch, while DDP
+    and FSDP average the gradients rank by rank. With unequal batches, call ``backward`` on
+    ``losses.sum() * ranks / samples_of_all_ranks``.
 
     Differs from the authors' code unless ``formulas="released"``: there the step follows the gradient without weight
     decay, although S uses it. Extra memory: none with a fixed process noise, one tensor per parameter without, of the

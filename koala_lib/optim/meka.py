@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import kalman
 from koala_lib.moments import METHODS, sample_moments
 from koala_lib.optim._base import Entries, ScalarFilter, check_choice, check_number, scalar_dtype
+from koala_lib.optim._sharded import is_sharded
 from koala_lib.step_size import RULES, PredictedChange
 
 __all__ = ["Meka"]
@@ -95,6 +97,8 @@ class Meka(ScalarFilter):
     Hessian-vector product a step. Where the paper's formulas are misprinted this is what they must mean: the process
     noise of eq. 6 is that of the b added, and m stands squared in the denominator of eq. 9.
 
+    One process only: DDP and FSDP average gradients, which the variances between samples cannot be got from.
+
     A step whose loss, gradient or products are not finite is a missing observation: weights, filter and displacement
     stay, so that the next minibatch carries the gradient over; ``skipped_steps`` counts. Every group of
     parameters has its ``lr``; ``step_size`` and the other options belong to all and may be changed between steps (all
@@ -155,6 +159,11 @@ class Meka(ScalarFilter):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a torch.nn.Module, got a {type(model).__name__}: Meka runs the forward pass"
+            )
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "Meka runs in one process, but the model holds a DistributedDataParallel: give it the module inside "
+                "and the whole batch"
             )
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got a {type(loss_fn).__name__}")
@@ -337,6 +346,11 @@ class Meka(ScalarFilter):
                 raise ValueError(
                     f"the model has no such parameter (shape {tuple(p.shape)}): Meka runs the forward pass itself and "
                     "moves parameters of its model only"
+                )
+            if is_sharded(p):
+                raise ValueError(
+                    f"Meka runs in one process, but a parameter (shape {tuple(p.shape)}) is a DTensor: give it a model "
+                    "without fully_shard and the whole batch"
                 )
         super()._check_group(group)
 

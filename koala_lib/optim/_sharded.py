@@ -1,0 +1,74 @@
+"""Weights spread over several ranks: the passes work on the shards that lie here, and few collectives join the sums.
+
+A DTensor is known by its placements, so that plain torch need not import ``torch.distributed.tensor``. The sum over all
+elements of a tensor is the number of its shards times the mean over all ranks of their local sums: ranks with another
+shard, with a replica and with an empty shard all count right, and so do plain tensors, which every rank holds whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributed as dist
+
+PLAIN = (Tensor, nn.Parameter)  # known at once, since to miss an attribute takes longer
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return type(tensor) not in PLAIN and hasattr(tensor, "placements")
+
+
+def local(tensors: Iterable[Any]) -> list[Tensor]:
+    """The part of each tensor that lies on this rank, in the same memory. Call without autograd."""
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
+
+
+def local_gradients(params: Iterable[Any]) -> list[Tensor]:
+    """``p.grad`` where there is one: the part of it that belongs to the local part of p."""
+    grads = [(p, p.grad) for p in params if p.grad is not None]
+    return local(
+        # A gradient may lie otherwise than its weights, say as a sum over the ranks that nobody has made yet.
+        g.redistribute(placements=p.placements) if is_sharded(p) and g.placements != p.placements else g
+        for p, g in grads
+    )
+
+
+def rank_groups(params: Iterable[Any]) -> list[Any]:
+    """The process groups that together join all ranks among which parameters are spread: one per mesh dimension."""
+    groups: list[Any] = []
+    for mesh in dict.fromkeys(p.device_mesh for p in params if is_sharded(p)):
+        groups += [g for d in range(mesh.ndim) if mesh.size(d) > 1 and (g := mesh.get_group(d)) not in groups]
+    return groups
+
+
+def check_meshes(params: Iterable[Any], group: Any) -> None:
+    """Raise unless every parameter is spread over ranks of the process group only."""
+    ranks = dist.get_process_group_ranks(group)
+    for p in params:
+        if is_sharded(p) and not set(p.device_mesh.mesh.flatten().tolist()) <= set(ranks):
+            raise ValueError(
+                f"process_group has the ranks {ranks}, but a parameter lies on {p.device_mesh}: give a group with all "
+                "ranks of the mesh, such as torch.distributed.group.WORLD, or none"
+            )
+
+
+def shard_counts(params: Iterable[Any]) -> list[int]:
+    """Into how many different parts each tensor is cut; 1 if every rank holds it whole."""
+    return [
+        math.prod(p.device_mesh.size(d) for d, where in enumerate(p.placements) if not where.is_replicate())
+        if is_sharded(p)
+        else 1
+        for p in params
+    ]
+
+
+def mean_over_ranks(values: Tensor, groups: Sequence[Any]) -> Tensor:
+    """The mean over the ranks of all groups, the same bits on each of them; one collective per group."""
+    for group in groups:
+        values = values / dist.get_world_size(group)
+        dist.all_reduce(values, group=group)
+    return values

@@ -36,8 +36,8 @@ SAMPLES = {
 
 def kind(config: RunConfig) -> str:
     """What decides the cost of a step, in words; the runs of a kind differ in numbers that do not."""
-    network = {k: v for k, v in config.model_args if k != "init"}
-    variant = {k: v for k, v in config.optimizer_args if isinstance(v, str)}
+    network = {k: v for k, v in dict(config.model_args).items() if k != "init"}
+    variant = {k: v for k, v in dict(config.optimizer_args).items() if isinstance(v, str)}
     parts = [config.dataset, _call(config.model, network), _call(config.optimizer, variant), str(config.batch_size)]
     return ", ".join(parts + [config.precision] * (config.precision != "float32"))
 

@@ -153,18 +153,20 @@ def test_a_step_is_timed_without_its_data(
     assert torch.get_num_threads() == threads
 
 
-def test_a_long_step_is_measured_with_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_step_is_a_straight_line_through_two_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def seconds(config: RunConfig, batch: int, device: str) -> float:
         asked.append(batch)
-        return 0.02 * batch
+        return 0.03 + 0.02 * batch  # the optimizer's own part, and the samples'
 
     monkeypatch.setattr(bench_runs, "_step_seconds", seconds)
     [row] = bench_runs.step_times([BASE], seconds=0.5)
-    assert asked == [8, 25]
-    assert row == {"kind": kind(BASE), "batch": 25, "of": 128, "seconds": 0.02}
-    text = RUNS["language_model"]
-    [row] = bench_runs.step_times([text], seconds=0.5)
+    assert asked == [4, 18]
+    assert row == {"kind": kind(BASE), "batch": 18, "of": 128, "seconds": pytest.approx(0.03 / 128 + 0.02, rel=1e-3)}
+    [row] = bench_runs.step_times([BASE], seconds=0.01)
+    assert asked[2:] == [4, 8]
+    assert row["seconds"] == pytest.approx(0.03 / 128 + 0.02, rel=1e-3)
+    [row] = bench_runs.step_times([RUNS["language_model"]], seconds=0.5)
     assert row["of"] == 20
-    assert row["seconds"] == pytest.approx(0.02 / 5)  # a token
+    assert row["seconds"] == pytest.approx((0.03 / 20 + 0.02) / 5, rel=1e-3)  # a token

@@ -76,8 +76,8 @@ class Costs:
 
     def add(self, result: RunResult) -> None:
         """Learn from a finished run."""
-        size, where = samples(result.config), str(result.provenance.get("device", "cpu"))
-        if result.status == "done" and size and where.startswith(self._device):
+        size = samples(result.config)
+        if result.status == "done" and size and result.provenance["device"].startswith(self._device):
             rate = result.provenance["seconds"] / (size * result.config.epochs)
             self._runs.setdefault(kind(result.config), []).append(rate)
 

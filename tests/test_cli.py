@@ -42,7 +42,8 @@ def trained(project: Project, monkeypatch: pytest.MonkeyPatch) -> Trained:
         calls.append(config)
         on_step(1, 1)
         metrics = {"train_loss": 1.0, "test_loss": 1.0, "test_error": 10.0, "test_error_top5": 1.0, "lr": 0.1}
-        return RunResult(config.key, config, "done", (metrics,), None, {"seconds": 100.0, "data": {"tag": ""}})
+        provenance = {"seconds": 100.0, "device": "cpu (x)", "data": {"tag": ""}}
+        return RunResult(config.key, config, "done", (metrics,), None, provenance)
 
     monkeypatch.setattr(runs, "train", train)
     return calls
@@ -70,6 +71,20 @@ def test_list_shows_one_line_a_run_and_its_status(trained: Trained) -> None:
     assert koala("list", "--pending").stdout.splitlines() == lines[1:]
     assert len(koala("list", "--preset", "desktop").stdout.splitlines()) == 3
     assert koala("list", "--preset", "paper").stdout == ""
+
+
+def test_list_ends_with_the_hours_that_pending_runs_will_take(trained: Trained) -> None:
+    unknown = koala("list", "--preset", "desktop").stderr
+    assert re.search(r"koala/20_tiny +3 runs, +3 pending +0\.0 h and 3 runs of unknown cost\n", unknown)
+    assert "'koala bench --step-times desktop --device cpu' measures them" in unknown
+    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
+    koala("run", "--preset", "desktop", "--key", keys[0])
+    known = koala("list", "--preset", "desktop").stderr.splitlines()
+    assert [re.sub(" +", " ", line) for line in known] == [
+        "koala/20_tiny 3 runs, 2 pending 0.1 h",  # 100 s each
+        "all 3 runs, 2 pending 0.1 h",
+    ]
+    assert "2 runs of unknown cost" in koala("list", "--preset", "desktop", "--device", "cuda").stderr
 
 
 def test_run_trains_each_run_once(trained: Trained) -> None:

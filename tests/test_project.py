@@ -51,6 +51,14 @@ def test_every_make_target_has_a_line_of_help() -> None:
     assert set(re.findall(r"^make (\w+) +\S", shown, re.M)) == targets
 
 
+def test_profiles_name_options_of_snakemake() -> None:
+    from snakemake.cli import get_argument_parser
+
+    known = {name.removeprefix("--") for name in get_argument_parser()._option_string_actions}
+    for file in sorted((ROOT / "profiles").glob("*/config.yaml")):
+        assert set(yaml.safe_load(file.read_text())) <= known, file
+
+
 def test_citation_names_the_version_and_the_three_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PROJECT["version"]

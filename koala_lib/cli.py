@@ -110,8 +110,11 @@ def _summary(preset: str, grids: Mapping[str, list[RunConfig]], known: Mapping[s
         cost = f"{hours:10,.1f} h" + (f" and {unknown} runs of unknown cost" if unknown else "")
         typer.echo(f"{name:{width}} {len(grid):5} runs, {len(pending):5} pending {cost}", err=True)
     if where := costs.measured:
-        text = f"one run at a time with nothing beside it; step times measured on {where['device']}, {where['threads']} thread(s)"
-        typer.echo(f"{text}, load {where['load']}, without evaluation; finished runs count as they were", err=True)
+        typer.echo(
+            f"one run at a time with nothing beside it; step times measured on {where['device']}, "
+            f"{where['threads']} thread(s), load {where['load']}, without evaluation; finished runs count as they were",
+            err=True,
+        )
     if unknown:
         command = f"koala bench --step-times {preset} --device {device}"
         typer.echo(f"unknown: kinds of runs that were never measured; '{command}' measures them", err=True)

@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml $(if $(filter command environment,$(origin TORCH)),FORC
 	touch $@
 
 reproduce: setup ## execute all notebooks at the quick preset and build report/index.html
-	$(PY) -m snakemake --cores $(JOBS) --keep-going --quiet host reason
+	$(PY) -m snakemake --workflow-profile profiles/local --cores $(JOBS) --quiet host reason
 
 test: setup ## lint, type check, unit tests, and every notebook against its stored outputs
 	$(PY) -m ruff check .

@@ -2,6 +2,8 @@
 
     snakemake --cores                             quick: the notebooks train what they need
     snakemake --cores --config preset=desktop     each run is a job (also preset=paper, device=cuda)
+
+With --workflow-profile profiles/local or profiles/slurm it goes on after a kill.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ from pathlib import Path
 import koala_lib
 from koala_lib import nb, paths
 from koala_lib.cli import FAILED, plan
+from koala_lib.cost import Costs, minutes
 from koala_lib.runs import Store
 
 CODE = Path(koala_lib.__file__).parent
@@ -32,14 +35,16 @@ if not NOTEBOOKS:
 
 # A job leaves a mark instead of owning the stored run, because Snakemake removes the output of a job that it repeats.
 # A run that has a result but no mark was made elsewhere and needs no job.
-GRIDS = {} if PRESET == "quick" else {n: [c.key for c in grid] for n, grid in plan(PRESET).items()}
+GRIDS = {} if PRESET == "quick" else {n: {c.key: c for c in grid} for n, grid in plan(PRESET).items()}
+CONFIGS = {key: config for grid in GRIDS.values() for key, config in grid.items()}
 MARK = REPORT + "/runs/{key}"
 STORE = Store()
+KNOWN = {key: result for key in CONFIGS if (result := STORE.get(key))}
+COSTS = Costs(KNOWN.values(), device=DEVICE)
 
 
 def marks(name):
-    keys = dict.fromkeys(GRIDS.get(name, []))
-    return [m for k in keys if os.path.exists(m := MARK.format(key=k)) or STORE.get(k) is None]
+    return [m for k in GRIDS.get(name, {}) if os.path.exists(m := MARK.format(key=k)) or k not in KNOWN]
 
 
 def digest(*files):
@@ -47,7 +52,7 @@ def digest(*files):
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
-BESIDE = {"cli.py", "report.py"}  # no notebook uses these
+BESIDE = {"bench_runs.py", "cli.py", "cost.py", "report.py"}  # no notebook uses these
 SHARED = digest(
     *(f for f in CODE.rglob("*.py") if f.name not in BESIDE),
     *paths.claims_dir().glob("*.yaml"),
@@ -66,6 +71,11 @@ def overrides(name):
     return [] if PRESET == "quick" else os.path.relpath(nb.preset_file(name, PRESET))
 
 
+localrules:
+    all,
+    report,
+
+
 rule all:
     input:
         f"{REPORT}/index.html",
@@ -74,6 +84,9 @@ rule all:
 rule run:
     output:
         touch(MARK),
+    resources:
+        runtime=lambda w, attempt: minutes(COSTS.seconds(CONFIGS[w.key]), attempt=attempt),
+        gpu=int(DEVICE.startswith("cuda")),
     message:
         "run {wildcards.key}"
     shell:

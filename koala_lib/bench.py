@@ -310,14 +310,19 @@ def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> Non
     """
     sections = _meka_sections(device) if meka else _sections(device, whole)
     for section, measured in sections.items():
-        origin = provenance(device)
-        rows = measured()
-        content = json.loads(file().read_text()) if file().exists() else {}
-        content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
-        write_json(file(), content)
-        print(f"\n{section}: {origin['device']}, {origin['threads']} thread(s), load {origin['load']}")
-        _show(section, rows)
+        keep(section, measured, device)
     print(f"\nwritten to {file()}")
+
+
+def keep(section: str, measured: Callable[[], list[Row]], device: str) -> None:
+    """Measure one section, put it into the committed results and print it."""
+    origin = provenance(device)
+    rows = measured()
+    content = json.loads(file().read_text()) if file().exists() else {}
+    content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
+    write_json(file(), content)
+    print(f"\n{section}: {origin['device']}, {origin['threads']} thread(s), load {origin['load']}")
+    _show(section, rows)
 
 
 def _sections(device: str, whole: bool) -> dict[str, Callable[[], list[Row]]]:

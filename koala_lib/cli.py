@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +18,7 @@ from koala_lib import nb, paths
 from koala_lib.parameters import PRESETS
 
 if TYPE_CHECKING:
+    from koala_lib.cost import Costs
     from koala_lib.runs import Store
     from koala_lib.train import RunConfig, RunResult
 
@@ -71,18 +72,52 @@ def list_runs(
     preset: Preset = "quick",
     only: Only = "*",
     pending: Annotated[bool, typer.Option("--pending", help="only runs without a result")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; where the hours are estimated for")] = "cpu",
 ) -> None:
-    """One line a run: key, notebook, label, status."""
+    """One line a run: key, notebook, label, status; then (on stderr) how many are pending and the hours they will take.
+
+    The hours come from finished runs of the same kind, else from step times, which 'koala bench --step-times' measures
+    and which leave out evaluation. What was never measured is not guessed.
+    """
     from koala_lib.runs import Store
 
     with _one_sentence():
         grids = plan(preset, only)
     store = Store()
+    known = {c.key: result for grid in grids.values() for c in grid if (result := store.get(c.key))}
     for name, grid in grids.items():
         for config in grid:
-            result = store.get(config.key)
+            result = known.get(config.key)
             if not (pending and result):
                 typer.echo(f"{config.key}  {name}  {config.label}  {result.status if result else 'pending'}")
+    _summary(preset, grids, known, device)
+
+
+def _summary(preset: str, grids: Mapping[str, list[RunConfig]], known: Mapping[str, RunResult], device: str) -> None:
+    from koala_lib.cost import Costs
+
+    costs = Costs(known.values(), device=device)
+    every = {c.key: c for grid in grids.values() for c in grid}
+    shared = len(every) < sum(map(len, grids.values()))
+    width = max((len(name) for name in grids), default=0)
+    lines = {**grids, ("all, shared runs once" if shared else "all"): [*every.values()]}
+    unknown = 0
+    for name, grid in lines.items():
+        pending = [c for c in grid if c.key not in known]
+        seconds = [costs.seconds(c) for c in pending]
+        unknown = seconds.count(None)
+        hours = sum(s for s in seconds if s is not None) / 3600
+        cost = f"{hours:10,.1f} h" + (f" and {unknown} runs of unknown cost" if unknown else "")
+        typer.echo(f"{name:{width}} {len(grid):5} runs, {len(pending):5} pending {cost}", err=True)
+    if where := costs.measured:
+        typer.echo(
+            f"one run at a time with nothing beside it; step times measured on {where['device']}, "
+            f"{where['threads']} thread(s), load {where['load']}, without evaluation; finished runs count as they were",
+            err=True,
+        )
+    if unknown:
+        command = f"koala bench --step-times {preset} --device {device}"
+        typer.echo(f"unknown: kinds of runs that were never measured; '{command}' measures them", err=True)
 
 
 @app.command()
@@ -91,7 +126,7 @@ def run(
     only: Only = "*",
     key: Annotated[str, typer.Option(help="only the run with this key")] = "",
     pending: Annotated[bool, typer.Option("--pending", help="leave out what has a result, failed or not")] = False,
-    time_budget: Annotated[float, typer.Option(help="seconds; start no run that would not fit")] = math.inf,
+    time_budget: Annotated[float, typer.Option(help="seconds; start no run that is known not to fit")] = math.inf,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     allow_unverified_data: Annotated[
         bool, typer.Option("--allow-unverified-data", help="take data with another checksum; results are tagged")
@@ -102,6 +137,7 @@ def run(
     Exit code 0: every run is done, or was left for later by the time budget; 3: some runs diverged and are stored as
     failed; 1: something broke.
     """
+    from koala_lib.cost import Costs
     from koala_lib.runs import Store, merge_results, results_file
 
     if allow_unverified_data:
@@ -116,7 +152,7 @@ def run(
     known = {k: result for k in configs if (result := store.get(k))}
     wanted = [k for k in configs if key in ("", k) and not (pending and k in known)]
     todo = [configs[k] for k in wanted if k not in known]
-    trained, broken = _train(todo, list(known.values()), store, device, time_budget)
+    trained, broken = _train(todo, Costs(known.values(), device=device), store, device, time_budget)
     results = [known[k] for k in wanted if k in known] + trained
     if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
         for name, grid in grids.items():
@@ -149,7 +185,7 @@ def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
 
 
 def _train(
-    todo: list[RunConfig], known: list[RunResult], store: Store, device: str, budget: float
+    todo: list[RunConfig], costs: Costs, store: Store, device: str, budget: float
 ) -> tuple[list[RunResult], int]:
     """Results of the runs that fitted into the budget, and the number of those that raised."""
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -159,7 +195,7 @@ def _train(
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(todo), disable=None, smoothing=0, bar_format=shape) as bar:  # silent without a terminal
         for number, config in enumerate(_free_first(todo, store), start=1):
-            left, needed = budget - (time.monotonic() - started), _estimate(config, [*known, *results])
+            left, needed = budget - (time.monotonic() - started), costs.seconds(config, max) or 0.0
             if needed > left:
                 bar.write(f"stopping: the next run needs about {needed:.0f} s, {max(left, 0):.0f} s are left")
                 break
@@ -170,18 +206,12 @@ def _train(
 
             try:
                 results.append(store.run(config, device=device, on_step=advance))
+                costs.add(results[-1])
                 bar.write(f"{config.key}  {config.label}  {results[-1].status}")
             except Exception as error:  # the other runs go on; this one has no result and is tried again next time
                 broken += 1
                 bar.write(f"{config.key}  {config.label}  broken: {type(error).__name__}: {error}", file=sys.stderr)
     return results, broken
-
-
-def _estimate(config: RunConfig, finished: Iterable[RunResult]) -> float:
-    """Seconds a run will take, from the slowest finished one like it (else any); 0 before the first one."""
-    done = [r for r in finished if r.status == "done"]
-    like = [r for r in done if (r.config.dataset, r.config.model) == (config.dataset, config.model)]
-    return max((r.provenance["seconds"] / r.config.epochs * config.epochs for r in like or done), default=0.0)
 
 
 @app.command()
@@ -255,11 +285,26 @@ def bench(
     meka: Annotated[
         bool, typer.Option("--meka", help="MEKA's moments and whole steps instead, a quarter of an hour on a CPU")
     ] = False,
+    step_times: Annotated[
+        str, typer.Option(help="preset; a step of each kind of its runs instead, for 'koala list' to tell the hours")
+    ] = "",
 ) -> None:
     """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
     from koala_lib import bench as benchmark
 
-    benchmark.main(device, whole=training_step, meka=meka)
+    if step_times:
+        import torch
+
+        from koala_lib.bench_runs import step_times as measure
+
+        with _one_sentence():
+            _check_device(device)
+            configs = [c for grid in plan(step_times).values() for c in grid]
+        if not device.startswith("cuda"):
+            torch.set_num_threads(1)  # as runs have
+        benchmark.keep("step_times", lambda: measure(configs, device=device), device)
+    else:
+        benchmark.main(device, whole=training_step, meka=meka)
 
 
 @app.command()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from sandbox import Project
 from typer.testing import CliRunner, Result
 
@@ -37,7 +42,8 @@ def trained(project: Project, monkeypatch: pytest.MonkeyPatch) -> Trained:
         calls.append(config)
         on_step(1, 1)
         metrics = {"train_loss": 1.0, "test_loss": 1.0, "test_error": 10.0, "test_error_top5": 1.0, "lr": 0.1}
-        return RunResult(config.key, config, "done", (metrics,), None, {"seconds": 100.0, "data": {"tag": ""}})
+        provenance = {"seconds": 100.0, "device": "cpu (x)", "data": {"tag": ""}}
+        return RunResult(config.key, config, "done", (metrics,), None, provenance)
 
     monkeypatch.setattr(runs, "train", train)
     return calls
@@ -58,13 +64,27 @@ def test_what_another_process_is_at_comes_last(trained: Trained, monkeypatch: py
 
 def test_list_shows_one_line_a_run_and_its_status(trained: Trained) -> None:
     assert koala("run", "--key", koala("list").output.split()[0]).exit_code == 0
-    lines = koala("list").output.splitlines()
+    lines = koala("list").stdout.splitlines()
     assert [line.split()[1] for line in lines] == ["koala/20_tiny"] * 2
     assert [line.split()[-1] for line in lines] == ["done", "pending"]
     assert lines[0].split()[0] == trained[0].key
-    assert koala("list", "--pending").output.splitlines() == lines[1:]
-    assert len(koala("list", "--preset", "desktop").output.splitlines()) == 3
-    assert koala("list", "--preset", "paper").output == ""
+    assert koala("list", "--pending").stdout.splitlines() == lines[1:]
+    assert len(koala("list", "--preset", "desktop").stdout.splitlines()) == 3
+    assert koala("list", "--preset", "paper").stdout == ""
+
+
+def test_list_ends_with_the_hours_that_pending_runs_will_take(trained: Trained) -> None:
+    unknown = koala("list", "--preset", "desktop").stderr
+    assert re.search(r"koala/20_tiny +3 runs, +3 pending +0\.0 h and 3 runs of unknown cost\n", unknown)
+    assert "'koala bench --step-times desktop --device cpu' measures them" in unknown
+    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
+    koala("run", "--preset", "desktop", "--key", keys[0])
+    known = koala("list", "--preset", "desktop").stderr.splitlines()
+    assert [re.sub(" +", " ", line) for line in known] == [
+        "koala/20_tiny 3 runs, 2 pending 0.1 h",  # 100 s each
+        "all 3 runs, 2 pending 0.1 h",
+    ]
+    assert "2 runs of unknown cost" in koala("list", "--preset", "desktop", "--device", "cuda").stderr
 
 
 def test_run_trains_each_run_once(trained: Trained) -> None:
@@ -85,7 +105,7 @@ def test_a_device_that_is_not_there_is_one_sentence(trained: Trained, device: st
 def test_results_of_desktop_are_merged_and_those_of_quick_are_not(trained: Trained) -> None:
     koala("run")
     assert not paths.results_dir().exists()
-    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").output.splitlines()]
+    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
     koala("run", "--preset", "desktop", "--key", keys[2])
     assert merged() == [2]
     koala("run", "--preset", "desktop")
@@ -195,10 +215,14 @@ def test_the_report_names_every_notebook_and_shows_every_figure(
 # ---------------------------------------------------------------- workflow
 
 
-def snakemake(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--cores", "1", *arguments]
+def command(project: Project, *arguments: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--cores", "1", *arguments]
     environment = {**os.environ, "KOALA_ROOT": str(project.root), "XDG_CACHE_HOME": str(project.root / "cache")}
-    return subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+    return {"args": words, "cwd": project.root, "env": environment}
+
+
+def snakemake(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**command(project, *arguments), capture_output=True, text=True)
 
 
 def test_the_workflow_plans_a_job_for_each_notebook_and_at_desktop_for_each_run(project: Project) -> None:
@@ -213,3 +237,55 @@ def test_the_workflow_plans_a_job_for_each_notebook_and_at_desktop_for_each_run(
     plan = desktop.stdout + desktop.stderr
     assert plan.count(": run ") == 3
     assert plan.count(": notebook ") == 1
+
+
+def test_a_killed_batch_goes_on_with_what_is_missing_from_its_checkpoint(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = project.notebook("koala/20_tiny", grid=True)
+    notebook.write_text(notebook.read_text().replace("epochs=1,", "epochs=1 + 3 * i,"))
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\n")
+    # Every python of the batch writes a checkpoint after every step.
+    (project.root / "sitecustomize.py").write_text(
+        "from koala_lib.train import train\n\ntrain.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
+    )
+    python_path = [str(project.root), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, python_path)))
+    [short, long] = cli.plan("desktop")["koala/20_tiny"]
+    store = runs.Store()
+    batch = [
+        "--workflow-profile",
+        str(REPOSITORY / "profiles" / "local"),
+        "--config",
+        "preset=desktop",
+        "--until",
+        "run",
+    ]
+
+    quiet = subprocess.DEVNULL
+    first = subprocess.Popen(**command(project, *batch), stdout=quiet, stderr=quiet, start_new_session=True)
+    checkpoint = store.checkpoint(long.key)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert checkpoint.exists()
+    missing = [c for c in (short, long) if store.get(c.key) is None]
+    assert long in missing
+
+    plan = snakemake(project, "-n", *batch)
+    assert plan.returncode == 0, plan.stderr
+    shown = plan.stdout + plan.stderr
+    assert sorted(re.findall(r": run (\w+)", shown)) == sorted(c.key for c in missing)
+
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"seconds": 5000.0}, checkpoint)  # a run that started anew would not know
+    again = snakemake(project, *batch)
+    assert again.returncode == 0, again.stderr
+    result = store.get(long.key)
+    assert result is not None
+    assert result.provenance["seconds"] >= 5000
+    assert result.provenance["weights_sha256"] == runs.train(long).provenance["weights_sha256"]
+    assert not checkpoint.exists()
+    assert merged() == [0, 1]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 PIP_ONLY = {"snakemake", "pytorch-optimizer"}  # come with `pip: -e .[all]`
+ON_CLUSTERS = {"slurm"}  # extras that are not part of `all`
 
 
 def _split(requirement: str) -> tuple[str, str]:
@@ -25,7 +26,7 @@ def _split(requirement: str) -> tuple[str, str]:
 
 def test_environment_yml_has_the_requirements_of_pyproject_with_the_same_bounds() -> None:
     extras = PROJECT["optional-dependencies"]
-    listed = [r for extra, requirements in extras.items() if extra != "all" for r in requirements]
+    listed = [r for extra, requirements in extras.items() if extra not in {"all", *ON_CLUSTERS} for r in requirements]
     wanted = dict(map(_split, PROJECT["dependencies"] + listed))
     wanted = {ON_CONDA_FORGE.get(n, n): bound for n, bound in wanted.items() if n not in PIP_ONLY}
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
@@ -37,10 +38,10 @@ def test_environment_yml_has_the_requirements_of_pyproject_with_the_same_bounds(
     assert given == wanted
 
 
-def test_all_is_all_extras() -> None:
+def test_all_is_all_extras_but_those_for_clusters() -> None:
     extras = dict(PROJECT["optional-dependencies"])
     [everything] = extras.pop("all")
-    assert everything == f"koala-lib[{','.join(extras)}]"
+    assert everything == f"koala-lib[{','.join(e for e in extras if e not in ON_CLUSTERS)}]"
 
 
 def test_every_make_target_has_a_line_of_help() -> None:
@@ -48,6 +49,14 @@ def test_every_make_target_has_a_line_of_help() -> None:
     targets = set(re.findall(r"^\.PHONY: (.*)$", text, re.M)[0].split()) - {"FORCE"}
     shown = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^make (\w+) +\S", shown, re.M)) == targets
+
+
+def test_profiles_name_options_of_snakemake() -> None:
+    from snakemake.cli import get_argument_parser
+
+    known = {name.removeprefix("--") for name in get_argument_parser()._option_string_actions}
+    for file in sorted((ROOT / "profiles").glob("*/config.yaml")):
+        assert set(yaml.safe_load(file.read_text())) <= known, file
 
 
 def test_citation_names_the_version_and_the_three_papers() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,7 @@ def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def traced_passes(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The passes are traced as for compiling, but what was traced is executed by torch's own kernels: quick."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend="aot_eager"))
     with torch._dynamo.config.patch(recompile_limit=64):
         yield

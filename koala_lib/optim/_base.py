@@ -112,9 +112,9 @@ def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float | Ten
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
 
-def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    """x -= step h, with step a 0-dim tensor; half precision is computed in float32 and rounded once."""
-    for x, h, step in zip(tensors, directions, steps, strict=True):
+def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Tensor) -> None:
+    """x -= step h, with a step for each tensor; half precision is computed in float32 and rounded once."""
+    for x, h, step in zip(tensors, directions, steps.unbind(), strict=True):
         if x.dtype in HALF:
             x.sub_(h.float() * step)
         else:

@@ -13,17 +13,9 @@ from torch import Tensor
 from koala_lib.optim._base import LARGE, scalar_dtype
 
 
-def flat(t: Tensor) -> Tensor | None:
-    """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        t = t.permute(0, 2, 3, 1)
-    # .data forgets which tensor this is a view of, on whose shape the compiled code would depend.
-    return t.view(-1).data if t.is_contiguous() else None
-
-
 class Pass:
     """Decorator for a function of lists of tensors, numbers and flags: with ``fused=True`` a call with a single large
-    tensor is compiled.
+    tensor is compiled, so that every number is read and written once.
 
     The first argument is the list of the weights. The compiled function gets vectors, so that another shape compiles
     nothing, and numbers other than 0 as 0-dim tensors, so that another value compiles nothing. Where nothing can
@@ -60,18 +52,28 @@ class Pass:
 
 
 def _vectors(params: list[Tensor], arguments: tuple[Any, ...]) -> list[Any] | None:
-    """The arguments of a compiled call; ``None`` where the tensors are not a single large one of one layout."""
-    if len(params) != 1 or params[0].numel() < LARGE or type(params[0].data) is not Tensor:
+    """The arguments of a compiled call; ``None`` unless it is a single large tensor, with all else of its layout."""
+    if len(params) != 1 or params[0].numel() < LARGE:
         return None
-    shape, stride, device = params[0].shape, params[0].stride(), params[0].device
+    stride, device = params[0].stride(), params[0].device
     converted: list[Any] = []
     for argument in (params, *arguments):
         if isinstance(argument, float) and argument:
             argument = torch.full((), argument, dtype=scalar_dtype(device), device=device)
-        elif isinstance(argument, list) and argument and argument[0].shape == shape:
+        elif isinstance(argument, Tensor):
+            argument = argument.clone()  # no view, see flat()
+        elif isinstance(argument, list) and argument:
             vector = flat(argument[0]) if argument[0].stride() == stride else None
             if vector is None:
                 return None
             argument = [vector]
         converted.append(argument)
     return converted
+
+
+def flat(t: Tensor) -> Tensor | None:
+    """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        t = t.permute(0, 2, 3, 1)
+    # .data forgets which tensor this is a view of, on whose shape the compiled code would depend.
+    return t.view(-1).data if t.is_contiguous() else None

@@ -48,19 +48,19 @@ def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float | Te
     return list(torch._foreach_div(wide(means), D))
 
 
-def _sums(
-    curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """d^T y + d^T B d and |d|_4^4 of every tensor."""
+def _sums(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor]) -> Tensor:
+    """d^T y + d^T B d and |d|_4^4 of every tensor, (2, tensors)."""
     products = torch._foreach_addcmul(changes, wide(curvatures), directions)  # y + B d
     torch._foreach_mul_(products, directions)
-    return [t.sum() for t in products], squared_norms(torch._foreach_mul(directions, directions))
+    fourth_powers = torch.stack(squared_norms(torch._foreach_mul(directions, directions)))
+    return torch.stack([torch.stack([t.sum() for t in products]).to(fourth_powers.dtype), fourth_powers])
 
 
-def _shifts(excess: Tensor, fourth_powers: Tensor, eps: float) -> list[Tensor]:
+def _shifts(sums: Tensor, eps: float) -> Tensor:
     """(d^T y + d^T B d) / (|d|_4 + eps)^4 of every tensor."""
-    scale = (fourth_powers.sqrt().sqrt() + eps).square().square()
-    return list(torch.where(scale == 0, 0.0, excess / scale).unbind())
+    excess, fourth_power = sums
+    scale = (fourth_power.sqrt().sqrt() + eps).square().square()
+    return torch.where(scale == 0, 0.0, excess / scale)
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -75,9 +75,8 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    excess, fourth_powers = map(torch.stack, _sums(curvatures, directions, changes))
-    shifts = _shifts(excess, fourth_powers, eps)
-    subtract(curvatures, list(torch._foreach_mul(directions, directions)), shifts)
+    shifts = _shifts(_sums(curvatures, directions, changes), eps)
+    subtract(curvatures, torch._foreach_mul(directions, directions), shifts)
 
 
 Secant = tuple[list[Tensor], list[Tensor]]
@@ -89,7 +88,7 @@ def _secant(
     means: list[Tensor],
     curvatures: list[Tensor],
     directions: list[Tensor],
-    weights: list[Tensor],
+    weights: Tensor,
     sigma: float,
     weight_decay: float | Tensor,
     maximize: bool,
@@ -102,38 +101,38 @@ def _secant(
     if not directions:
         grads = decayed(params, grads, weight_decay)
     changes = list(torch._foreach_sub(grads, means))
-    for change, weight in zip(changes, weights, strict=True):
+    for change, weight in zip(changes, weights.unbind(), strict=True):
         change.mul_(weight)
     return wide(directions) or _directions(means, curvatures, sigma), changes
 
 
 @Pass
 def _observe(
-    params: list[Tensor], grads: list[Tensor], means: list[Tensor], curvatures: list[Tensor], *options: Any
-) -> tuple[list[Tensor], list[Tensor], Secant | None]:
+    params: list[Tensor], grads: list[Tensor], means: list[Tensor], curvatures: list[Tensor], *rest: Any
+) -> tuple[Tensor, Secant | None]:
     """The sums of (8), and what they are of; a compiled pass does not keep it, since to compute it again costs less."""
-    d, y = _secant(params, grads, means, curvatures, *options)
-    return *_sums(curvatures, d, y), None if torch.compiler.is_compiling() else (d, y)
+    d, y = _secant(params, grads, means, curvatures, *rest)
+    return _sums(curvatures, d, y), None if torch.compiler.is_compiling() else (d, y)
 
 
 @Pass
 def _apply(
     params: list[Tensor],
     secant: Secant | None,
-    shifts: list[Tensor],
-    rates: list[Tensor],
+    shifts: Tensor,
+    rates: Tensor,
     grads: list[Tensor],
     means: list[Tensor],
     curvatures: list[Tensor],
     directions: list[Tensor],
-    weights: list[Tensor],
+    weights: Tensor,
     sigma: float,
     weight_decay: float | Tensor,
     maximize: bool,
 ) -> None:
     """B -= shift d^2, m += y, and theta -= rate d with the new d, in place."""
     d, y = secant or _secant(params, grads, means, curvatures, directions, weights, sigma, weight_decay, maximize)
-    subtract(curvatures, list(torch._foreach_mul(d, d)), shifts)
+    subtract(curvatures, torch._foreach_mul(d, d), shifts)
     torch._foreach_add_(means, y)
     new = _directions(means, curvatures, sigma)
     if directions:
@@ -264,8 +263,7 @@ class Apollo(CheckedOptimizer):
             self._move_shards(parts, ranks)
         else:
             for part in parts:
-                excess, fourth_powers, secant = _observe(*part.arguments, fused=part.group["fused"])
-                self._move(part, torch.stack(excess), torch.stack(fourth_powers), secant)
+                self._move(part, *_observe(*part.arguments, fused=part.group["fused"]))
         return loss
 
     def _initialise(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -288,28 +286,24 @@ class Apollo(CheckedOptimizer):
         directions = local(self.state[p]["direction"] for p in params) if decoupled else []
         t = torch.stack(counts).to(scalar_dtype(params[0].device))
         torch._foreach_add_(counts, 1)
-        weights = list(((1 - group["beta"]) / (1 - group["beta"] ** (t + 1))).unbind())
+        weights = (1 - group["beta"]) / (1 - group["beta"] ** (t + 1))
         tensors = (local(params), local_gradients(params), means, curvatures, directions, weights)
         options = (group["sigma"], group["weight_decay"], group["maximize"])
         return _Part(group, params, (*tensors, *options), self._rates(group, t))
 
-    def _move(self, part: _Part, excess: Tensor, fourth_powers: Tensor, secant: Secant | None) -> None:
+    def _move(self, part: _Part, sums: Tensor, secant: Secant | None = None) -> None:
         group = part.group
         eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
-        shifts = _shifts(excess, fourth_powers, eps)
         params, *rest = part.arguments
-        _apply(params, secant, shifts, list(part.rates.unbind()), *rest, fused=group["fused"])
+        _apply(params, secant, _shifts(sums, eps), part.rates, *rest, fused=group["fused"])
 
     def _move_shards(self, parts: list[_Part], ranks: list[Any]) -> None:
         """All sums are made and joined in one collective before anything moves."""
-        sums = [_observe(*part.arguments, fused=part.group["fused"])[:2] for part in parts]
-        shards = shard_counts(p for part in parts for p in part.params)
-        here = torch.cat([torch.stack([torch.stack(e).to(f[0]), torch.stack(f)]) for e, f in sums], dim=1)
-        whole = mean_over_ranks(here * here.new_tensor(shards), ranks)
-        for part, (excess, fourth_powers) in zip(
-            parts, torch.split(whole, [len(p.params) for p in parts], 1), strict=True
-        ):
-            self._move(part, excess, fourth_powers, None)
+        here = torch.cat([_observe(*part.arguments, fused=part.group["fused"])[0] for part in parts], 1)
+        shards = here.new_tensor(shard_counts(p for part in parts for p in part.params))
+        whole = torch.split(mean_over_ranks(here * shards, ranks), [len(part.params) for part in parts], 1)
+        for part, sums in zip(parts, whole, strict=True):
+            self._move(part, sums)
 
     @staticmethod
     def _rates(group: dict[str, Any], t: Tensor) -> Tensor:

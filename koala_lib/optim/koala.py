@@ -9,8 +9,6 @@ released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -46,24 +44,24 @@ __all__ = ["KoalaM", "KoalaV"]
 # ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
 
 
-def _average(averages: list[Tensor], params: list[Tensor], weights: Sequence[Tensor]) -> None:
-    """x_avg += weight (x - x_avg)."""
-    for average, x, weight in zip(averages, params, weights, strict=True):
+def _average(averages: list[Tensor], params: list[Tensor], weights: Tensor) -> None:
+    """x_avg += weight (x - x_avg), with a weight for each tensor."""
+    for average, x, weight in zip(averages, params, weights.unbind(), strict=True):
         average.lerp_(x, weight.to(x.dtype))
 
 
 @Pass
 def _advance(
     params: list[Tensor], velocities: list[Tensor], averages: list[Tensor], momentum: float, weight: float
-) -> list[Tensor]:
+) -> Tensor | None:
     """x_avg += weight (x - x_avg), then x += p and p *= kappa; |x - x_avg|^2 of every tensor before x moved."""
-    drifts = []
+    drifts = None
     if averages:
         if isinstance(weight, Tensor):  # compiled
-            _average(averages, params, [weight] * len(averages))
+            _average(averages, params, weight.expand(len(averages)))
         elif weight:
             torch._foreach_lerp_(averages, params, weight)
-        drifts = squared_norms(torch._foreach_sub(params, averages))
+        drifts = torch.stack(squared_norms(torch._foreach_sub(params, averages)))
     if velocities:
         torch._foreach_add_(params, velocities)
         torch._foreach_mul_(velocities, momentum)
@@ -71,14 +69,13 @@ def _advance(
 
 
 @Pass
-def _observe(
-    params: list[Tensor], grads: list[Tensor], weight_decay: float
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """|g|^2, |h|^2 and |x|^2 of every tensor; without weight decay the first ones are all."""
-    raw = squared_norms(grads)
+def _observe(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
+    """|g|^2, |h|^2 and |x|^2 of every tensor; without weight decay the first ones twice and zeros."""
+    raw = torch.stack(squared_norms(grads))
     if not isinstance(weight_decay, Tensor) and not weight_decay:
-        return raw, [], []
-    return raw, squared_norms(decayed(params, grads, weight_decay)), squared_norms(params)
+        return torch.stack([raw, raw, torch.zeros_like(raw)])
+    squared = squared_norms(decayed(params, grads, weight_decay)), squared_norms(params)
+    return torch.stack([raw, *map(torch.stack, squared)])
 
 
 @Pass
@@ -89,9 +86,9 @@ def _correct(
     grads: list[Tensor],
     weight_decay: float,
     observed: Tensor,
-    steps: list[Tensor],
-    velocity_steps: list[Tensor],
-    weights: list[Tensor],
+    steps: Tensor,
+    velocity_steps: Tensor,
+    weights: Tensor,
 ) -> None:
     """x -= step h and p -= velocity step h, where there was an observation, then x_avg += weight (x - x_avg)."""
     # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
@@ -188,8 +185,9 @@ class _Koala(LossFilter):
             velocities = self._kept(bucket, "velocity", self.has_velocity)
             averages = self._kept(bucket, "average", adaptive)
             drifts = _advance(local(bucket), velocities, averages, kappa, weight, fused=options["fused"])
-            for squared, shards in zip(drifts, shard_counts(bucket) if adaptive else (), strict=True):
-                drift.add_(squared.to(drift.device), alpha=shards)
+            if adaptive:
+                for squared, shards in zip(drifts.to(drift.device).unbind(), shard_counts(bucket), strict=True):
+                    drift.add_(squared, alpha=shards)
         if adaptive and any(map(is_sharded, params)):
             drift = mean_over_ranks(drift, self._rank_groups())
         if adaptive:  # q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)
@@ -252,19 +250,13 @@ class _Koala(LossFilter):
         params = [p for p in group["params"] if p.grad is not None]
         check_dense(type(self).__name__, params)
         weight_decay, entries = group["weight_decay"], self._filter()
-        ordered: list[Tensor] = []
-        raw: list[Tensor] = []
-        decayed: list[Tensor] = []
-        weights: list[Tensor] = []
-        for bucket in self._buckets(params):
-            ordered += bucket
-            norms = _observe(local(bucket), local_gradients(bucket), weight_decay, fused=self._options["fused"])
-            for of_all, of_bucket in zip((raw, decayed, weights), norms, strict=True):
-                of_all += of_bucket
-        g2, h2, x2 = (
-            torch.stack([n.to(entries.device) for n in norms]) if norms else entries.new_zeros(len(raw))
-            for norms in (raw, decayed or raw, weights)
-        )
+        listed = list(self._buckets(params))
+        norms = [
+            _observe(local(bucket), local_gradients(bucket), weight_decay, fused=self._options["fused"])
+            for bucket in listed
+        ]
+        g2, h2, x2 = torch.cat([n.to(entries.device) for n in norms], 1) if norms else entries.new_zeros(3, 0)
+        ordered = [p for bucket in listed for p in bucket]
         return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
 
     def _rank_groups(self) -> list[Any]:
@@ -289,11 +281,12 @@ class _Koala(LossFilter):
         plain = self._released and not self.has_velocity
         weight_decay = 0.0 if plain else blocks.group["weight_decay"]
         averaging = self._released and self._options["process_noise"] is None
-        steps = iter((entries["variance"] * step).unbind())
-        velocity_steps = iter((entries["covariance"] * step).unbind() if self.has_velocity else ())
-        # x_avg after the update, for tensors with a usable gradient only (released row 2)
-        weights = iter(((1 - self._options["noise_decay"]) * usable.to(step.dtype)).unbind() if averaging else ())
-        for params in self._buckets(blocks.params):
+        # x_avg moves after the update, for tensors with a usable gradient only (released row 2)
+        weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
+        velocity_step = entries["covariance"] * step if self.has_velocity else torch.zeros_like(step)
+        factors = torch.stack([entries["variance"] * step, velocity_step, weights])
+        listed = list(self._buckets(blocks.params))
+        for params, of_bucket in zip(listed, torch.split(factors, [len(ps) for ps in listed], 1), strict=True):
             device = params[0].device
             _correct(
                 local(params),
@@ -302,7 +295,7 @@ class _Koala(LossFilter):
                 local_gradients(params),
                 weight_decay,
                 usable.any().to(device),
-                *([s.to(device) for s in islice(of, len(params))] for of in (steps, velocity_steps, weights)),
+                *of_bucket.to(device).unbind(),
                 fused=self._options["fused"],
             )
 

@@ -34,8 +34,8 @@ test: setup ## lint, type check, unit tests, and every notebook against its stor
 lab: setup ## open JupyterLab on the notebooks
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab
 
-bench: setup ## time and memory of a step of each optimizer
-	$(KOALA) bench
+bench: setup ## time and memory of a step of each optimizer and of a training step, with the goals beside them
+	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) bench --training-step
 
 figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
 	find notebooks -name '*.ipynb' -not -path '*/.*' -not -name '*.failed.ipynb' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \

@@ -378,6 +378,10 @@ def _show(section: str, rows: list[Row]) -> None:
         return
     if section != "sweep":
         print(frame.round(3).to_string(index=False))
+        for row in rows if section == "training_step" else ():
+            if row["optimizer"] in bench_fused.FUSED:
+                over, limit = row["overhead_percent"], bench_fused.OVERHEAD
+                print(f"{row['optimizer']}: goal {limit:g} % over SGD, measured {over:.1f} %, met: {over <= limit}")
         return
     print("ms a step, median of the repetitions")
     print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())

@@ -65,6 +65,8 @@ GOALS: Final = (
     *(Goal(f"{name}, compiled", "AdamW, foreach", 0.6) for name in ("KOALA-V", "KOALA-M", "APOLLO")),
 )
 
+OVERHEAD: Final = 3.0  # per cent that a KOALA-M step may add to a whole training step with SGD
+
 
 def goals(rows: Iterable[Row]) -> list[Row]:
     """What the rows of :func:`koala_lib.bench.measure`, with a model and a number of threads, say of the goals.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from koala_lib import bench, bench_meka, runs, timing
+from koala_lib import bench, bench_fused, bench_meka, runs, timing
 from koala_lib.optim import KoalaM
 from koala_lib.optimizers import OPTIMIZERS
 from koala_lib.timing import interleave, now
@@ -149,7 +150,7 @@ def test_the_overhead_of_a_training_step_leaves_forward_and_backward_out(
 
 def test_a_training_step_runs_with_the_real_optimizers() -> None:
     rows = bench.training_step("resnet8", batch_size=2, rounds=2)
-    assert [r["optimizer"] for r in rows] == ["SGD", "Adam", "KOALA-V", "KOALA-M"]
+    assert [r["optimizer"] for r in rows] == ["SGD", "Adam", "KOALA-V", "KOALA-M", "KOALA-M, compiled"]
     assert all(0 < r["optimizer_ms"] < 1e3 * r["seconds"] for r in rows)
 
 
@@ -412,26 +413,40 @@ def test_meka_is_measured_on_request_and_alone(
 
 
 def test_sections_are_kept_with_their_provenance(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("KOALA_RESULTS", str(tmp_path))
     assert bench.stored() == {}
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: [{"optimizer": "one", "ms": 1.0}])
+    names = {goal.optimizer for goal in bench_fused.GOALS} | {goal.base for goal in bench_fused.GOALS}
+    one = {"ms": 1.0, "ratio": 1.0, "ratio_q1": 0.9, "ratio_q3": 1.2}
+    monkeypatch.setenv("KOALA_FIGURES", str(figures := tmp_path_factory.mktemp("figures")))
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: [{"optimizer": name} | one for name in sorted(names)])
+    monkeypatch.setattr(bench_fused, "bandwidth", lambda *_, **__: {"gigabytes_a_second": 9.0})
+    for section in ("flatness", "compile_time"):
+        monkeypatch.setattr(bench_fused, section, lambda *_, **__: [{"optimizer": "one"}])
     monkeypatch.setattr(bench, "memory", lambda *_, **__: [{"optimizer": "one", "state": 2.0}])
+    trained = {"optimizer": "KOALA-M, compiled", "seconds": 3.0, "overhead_percent": 2.5}
     sweep = [{"repetition": 0, "parameters": n, "optimizer": "one", "ms": n / 1e6} for n in (1, *bench.SIZES)]
     monkeypatch.setattr(bench, "sweep", lambda *_, **__: sweep)
-    monkeypatch.setattr(bench, "training_step", lambda *_, **__: [{"optimizer": "one", "seconds": 3.0}])
+    monkeypatch.setattr(bench, "training_step", lambda *_, **__: [trained])
     bench.main(whole=True)
-    assert bench.stored()["training_step"]["rows"] == [{"optimizer": "one", "seconds": 3.0}]
+    assert bench.stored()["training_step"]["rows"] == [trained]
     monkeypatch.setattr(bench, "training_step", None)  # not called
     monkeypatch.setattr(bench, "memory", lambda *_, **__: [{"optimizer": "two", "state": 5.0}])
     bench.main()
     kept = bench.stored("cpu")
-    assert set(kept) == {"step", "memory", "sweep", "training_step"}
+    assert set(kept) == {"step", "bandwidth", "flatness", "compile", "memory", "sweep", "training_step"}
+    assert {r["threads"] for r in kept["step"]["rows"]} == {1, os.cpu_count()}
+    assert {p.name for p in figures.iterdir()} == {f"bench_step.{e}" for e in ("png", "pdf", "json")}
     assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
     assert set(kept["sweep"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
     assert bench.stored("cuda:0") == {}
-    assert "exponents of one: 1.000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "exponents of one: 1.000" in printed
+    assert "KOALA-M, compiled: goal 3 % over SGD" in printed
     assert list(json.loads((tmp_path / "bench.json").read_text())) == ["cpu"]
     assert runs.Store(tmp_path / "runs").get("no such key") is None  # which looks through the committed results
 

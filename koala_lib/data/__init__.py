@@ -142,7 +142,7 @@ def load(
 
 
 @lru_cache(maxsize=1)  # every run of a grid asks for the same images
-def _images(name: str, dataset: Dataset, copy: Copy) -> tuple[Split, Split]:
+def _images(name: str, dataset: Dataset, copy: Copy) -> list[Split]:
     return dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from koala_lib.data.files import Copy, contents, fetch, identity, row_of
-from koala_lib.data.formats import Array, DataError, balanced_order
+from koala_lib.data.formats import Array, DataError, Split, balanced_order
 from koala_lib.data.iteration import batches, epoch_generator, num_batches
 from koala_lib.data.pairs import PAIRS, Lines, Pairs, Sentences, learn, tokenized
 from koala_lib.data.registry import DATASETS, Augmentation, Dataset
@@ -120,7 +120,7 @@ def load(
     """
     dataset = row_of(name, Dataset)
     copy = fetch(name, allow_unverified=allow_unverified)
-    train, test = dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
+    train, test = _images(name, dataset, copy)
     _check_train_size(train_size, len(train[1]), dataset.title)
     if train_size is not None:
         chosen = np.sort(balanced_order(train[1])[:train_size])
@@ -139,6 +139,11 @@ def load(
         tag=copy.tag,
         identity=copy.identity,
     )
+
+
+@lru_cache(maxsize=1)  # every run of a grid asks for the same images
+def _images(name: str, dataset: Dataset, copy: Copy) -> list[Split]:
+    return dataset.parse(contents(name, copy), dataset.shape, dataset.num_classes)
 
 
 def _check_train_size(train_size: int | None, size: int, title: str) -> None:

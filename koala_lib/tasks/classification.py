@@ -17,6 +17,8 @@ from koala_lib.tasks._base import Task, autocast
 
 Batch = tuple[Tensor, Tensor]
 
+CHUNK = 500  # test images at a time; with 1000 small ResNets take half as long again on a CPU
+
 
 class Classification(Task):
     """Cross-entropy on images and labels. The data set lies on the device and is augmented there.
@@ -94,7 +96,7 @@ class Classification(Task):
         top, metrics = min(5, self.data.num_classes), {}
         for name, (images, labels) in self._evaluated.items():
             sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-            for x, y in data.batches(images, labels, 1000, mean=self.data.mean, std=self.data.std):
+            for x, y in data.batches(images, labels, CHUNK, mean=self.data.mean, std=self.data.std):
                 logits = network(x).float()
                 hits = logits.topk(top, dim=1).indices == y[:, None]
                 loss = nn.functional.cross_entropy(logits, y, reduction="sum")

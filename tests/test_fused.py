@@ -160,6 +160,19 @@ def test_another_layout_of_the_gradient_is_treated_by_foreach() -> None:
     assert compilations() == 1  # the prediction, which has no gradient
 
 
+@pytest.mark.usefixtures("traced_passes")
+def test_strides_of_dimensions_of_size_one_do_not_matter() -> None:
+    """A convolution of 1x1 lies in memory in one way, whatever format its strides tell of."""
+    p = nn.Parameter(torch.arange(12, dtype=torch.float64).view(3, 4, 1, 1).to(memory_format=torch.channels_last))
+    p.grad = p.detach().clone(memory_format=torch.contiguous_format)
+    assert p.grad.stride() != p.stride()
+    before = p.detach().clone()
+    optimizer = Apollo([p], 0.1, fused=True, warmup_steps=0)
+    optimizer.step()
+    assert compilations() == 2
+    torch.testing.assert_close(p.detach(), before - 0.1 * before / 0.01)
+
+
 @pytest.mark.parametrize(
     "t",
     [torch.arange(6.0).view(2, 3), torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last)],

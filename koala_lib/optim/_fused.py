@@ -55,7 +55,7 @@ def _vectors(params: list[Tensor], arguments: tuple[Any, ...]) -> list[Any] | No
     """The arguments of a compiled call; ``None`` unless it is a single large tensor, with all else of its layout."""
     if len(params) != 1 or params[0].numel() < LARGE:
         return None
-    stride, device = params[0].stride(), params[0].device
+    device, last = params[0].device, _channels_last(params[0])
     converted: list[Any] = []
     for argument in (params, *arguments):
         if isinstance(argument, float) and argument:
@@ -63,17 +63,21 @@ def _vectors(params: list[Tensor], arguments: tuple[Any, ...]) -> list[Any] | No
         elif isinstance(argument, Tensor):
             argument = argument.clone()  # no view, see flat()
         elif isinstance(argument, list) and argument:
-            vector = flat(argument[0]) if argument[0].stride() == stride else None
-            if vector is None:
+            vector = flat(argument[0])
+            if vector is None or _channels_last(argument[0]) != last:
                 return None
             argument = [vector]
         converted.append(argument)
     return converted
 
 
+def _channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
 def flat(t: Tensor) -> Tensor | None:
     """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+    if _channels_last(t):
         t = t.permute(0, 2, 3, 1)
     # .data forgets which tensor this is a view of, on whose shape the compiled code would depend.
     return t.view(-1).data if t.is_contiguous() else None

@@ -42,21 +42,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing compiled before the test, nothing left behind, and tensors of two elements are large."""
+    """Nothing compiled before the test, and nothing left behind; tensors of twelve elements are long."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(Pass, "compiler_works", None)
     for module in (_base, _fused):
-        monkeypatch.setattr(module, "LARGE", 2)
+        monkeypatch.setattr(module, "LONG", 12)
     for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
-        monkeypatch.setattr(step, "_compiled", None)
+        monkeypatch.setattr(step, "_compiled", {})
 
 
 @pytest.fixture
 def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` gives a function that fails when it is called, as on a machine without a compiler."""
 
-    def compile(function: Any, dynamic: bool) -> Any:
+    def compile(function: Any, **options: Any) -> Any:
         def fail(*args: Any) -> None:
             raise RuntimeError("no compiler")
 
@@ -69,6 +69,7 @@ def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def traced_passes(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The passes are traced as for compiling, but what was traced is executed by torch's own kernels: quick."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile(f, dynamic=dynamic, backend="aot_eager"))
+    traced = {"backend": "aot_eager", "options": None}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options | traced))
     with torch._dynamo.config.patch(recompile_limit=64):
         yield

@@ -79,8 +79,8 @@ def test_equals_the_reference(lr_and_sigma: tuple[float, float], beta: float) ->
 
 def test_fused_equals_the_reference(traced_passes: None) -> None:
     assert_equals_the_reference(0.1, 0.2, 0.9, fused=True)
-    # L2 decay, decoupled decay or none, ascent or descent; two passes.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
+    # L2 decay, decoupled decay or none, ascent or descent; two passes, each for short and long tensors.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 24
 
 
 def assert_equals_the_reference(lr: float, sigma: float, beta: float, **path: Any) -> None:

@@ -182,9 +182,9 @@ def message(function: Any) -> str:
 def fused(case: Case) -> dict[str, Any]:
     """With ``fused=True``, but a compiler that only traces; shards must reach it as plain tensors."""
     case = Case(case.name, case.factory, case.kwargs | {"fused": True})
-    compiled, large, seen = torch.compile, _fused.LARGE, []
+    compiled, long, seen = torch.compile, _fused.LONG, []
 
-    def trace(function: Any, dynamic: bool) -> Any:
+    def trace(function: Any, **options: Any) -> Any:
         def call(*lists: Any) -> Any:
             seen.extend(type(t) for ts in lists if isinstance(ts, list) for t in ts)
             return function(*lists)
@@ -192,16 +192,16 @@ def fused(case: Case) -> dict[str, Any]:
         return call
 
     def forget(size: int) -> None:
-        _base.LARGE = _fused.LARGE = size
+        _base.LONG = _fused.LONG = size
         for step in (each for module in (koala, apollo) for each in vars(module).values()):
             if isinstance(step, _fused.Pass):
-                step._compiled = None
+                step._compiled = {}
 
     torch.compile = trace
-    forget(2)
+    forget(4)
     result = advance(*build(case, "fsdp"), range(STEPS))
     torch.compile = compiled
-    forget(large)
+    forget(long)
     return result | {"plain": not any(issubclass(kind, DTensor) for kind in seen), "calls": len(seen)}
 
 

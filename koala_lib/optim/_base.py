@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
-LARGE = 2**16  # elements from which a compiled pass is worth its call
+LARGE = 2**16  # elements from which a tensor is treated alone
+LONG = 4097  # elements from which torch 2.13 compiles sums that add up parts, and so other code
+SLOTS = {"short": 8, "long": 4}  # tensors in the lists that are compiled: more save calls, fewer compile sooner
 Entries = dict[str, Tensor]  # a filter's scalars by name
 
 
@@ -382,21 +384,29 @@ def buckets(
     """Lists of parameters to treat at once, of one device and dtype.
 
     A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
-    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` large ones alone
-    everywhere: they are compiled.
+    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` lists as
+    they are compiled: short tensors, on the CPU, and long ones.
     """
     if fused:
-        yield from ([p] for p in params if p.numel() >= LARGE)
-        params = [p for p in params if p.numel() < LARGE]
+        short = [p for p in params if 1 < p.numel() < LONG and p.device.type == "cpu"]
+        for size, listed in (("long", [p for p in params if p.numel() >= LONG]), ("short", short)):
+            for kind in _kinds(listed):
+                yield from (kind[i : i + SLOTS[size]] for i in range(0, len(kind), SLOTS[size]))
+        params = [p for p in params if p.numel() <= 1 or (p.numel() < LONG and p.device.type != "cpu")]
     if foreach is False:
         yield from ([p] for p in params)
     elif foreach or (params and params[0].device.type == "cuda"):
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for p in params:
-            kinds.setdefault((p.device, p.dtype), []).append(p)
-        yield from kinds.values()
+        yield from _kinds(params)
     else:
         yield from _runs(params, LARGE, much)
+
+
+def _kinds(params: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Parameters by device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in params:
+        kinds.setdefault((p.device, p.dtype), []).append(p)
+    return kinds.values()
 
 
 def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]:

@@ -1,25 +1,35 @@
-"""Passes over the weights that can be compiled: one kernel serves large tensors of every size."""
+"""Passes over the weights that can be compiled: one kernel serves lists of tensors of every shape.
+
+A compiled pass reads and writes every number once. It gets vectors, so that another shape compiles nothing; numbers
+other than 0 as 0-dim tensors, so that another value compiles nothing; and lists of fixed length, filled up with vectors
+that nobody looks at. The lists are of short tensors or of long ones, which have kernels of their own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import cache, update_wrapper
+from inspect import signature
 from typing import Any, ClassVar
 from warnings import warn
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as symbols
+from torch.utils._pytree import tree_map_only
 
-from koala_lib.optim._base import LARGE, scalar_dtype
+from koala_lib.optim._base import LONG, SLOTS, scalar_dtype
+
+OPTIONS: dict[str, Any] = {"short": {"cpp.threads": 1}, "long": None}  # a second thread does not pay for so little
+# Kinds of calls in one process, each with code of its own; without this argument of newer versions torch keeps 8.
+VARIANTS: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
 
 
 class Pass:
-    """Decorator for a function of lists of tensors, numbers and flags: with ``fused=True`` a call with a single large
-    tensor is compiled, so that every number is read and written once.
+    """Decorator for a function of lists of tensors, vectors with a number for each of them, numbers and flags: calls
+    with ``fused=True`` are compiled where :func:`vectors` can.
 
-    The first argument is the list of the weights. The compiled function gets vectors, so that another shape compiles
-    nothing, and numbers other than 0 as 0-dim tensors, so that another value compiles nothing. Where nothing can
-    compile it warns once and calls the plain function.
+    The first argument is the list of the weights. Where nothing can compile it warns once and calls the plain function.
     """
 
     compiler_works: ClassVar[bool | None] = None  # not known before the first call
@@ -27,46 +37,55 @@ class Pass:
     def __init__(self, function: Callable[..., Any]) -> None:
         update_wrapper(self, function)
         self._function = function
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, params: list[Tensor], *arguments: Any, fused: bool | None = False) -> Any:
         if fused and Pass.compiler_works is not False and not torch.compiler.is_compiling():
-            vectors = _vectors(params, arguments)
-            if vectors is not None:
-                return self._call_compiled(vectors, params, arguments)
+            size = "long" if params[0].numel() >= LONG else "short"
+            converted = vectors(params, arguments, size)
+            if converted is not None:
+                return self._call_compiled(size, converted, params, arguments)
         return self._function(params, *arguments)
 
-    def _call_compiled(self, vectors: list[Any], params: list[Tensor], arguments: tuple[Any, ...]) -> Any:
+    def _call_compiled(self, size: str, converted: list[Any], params: list[Tensor], arguments: tuple[Any, ...]) -> Any:
+        before, symbols.use_duck_shape = symbols.use_duck_shape, False  # two equal shapes say nothing about the next
         try:
-            if self._compiled is None:  # importing the compiler takes a while
-                self._compiled = torch.compile(self._function, dynamic=True)
-            result = self._compiled(*vectors)
+            if size not in self._compiled:  # importing the compiler takes a while
+                self._compiled[size] = torch.compile(self._function, dynamic=True, options=OPTIONS[size], **VARIANTS)
+            result = self._compiled[size](*converted)
         except Exception as error:  # before anything has moved
             if Pass.compiler_works:
                 raise
             Pass.compiler_works = False
             warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=2)
             return self._function(params, *arguments)
+        finally:
+            symbols.use_duck_shape = before
         Pass.compiler_works = True
-        return result
+        n = len(params)
+        return result if n == SLOTS[size] else tree_map_only(Tensor, lambda t: t[..., :n], result)
 
 
-def _vectors(params: list[Tensor], arguments: tuple[Any, ...]) -> list[Any] | None:
-    """The arguments of a compiled call; ``None`` unless it is a single large tensor, with all else of its layout."""
-    if len(params) != 1 or params[0].numel() < LARGE:
+def vectors(params: list[Tensor], arguments: tuple[Any, ...], size: str) -> list[Any] | None:
+    """The arguments of a compiled call; ``None`` for tensors that are not of that size or no dense memory, or that lie
+    otherwise than their weights."""
+    n, device, empty = len(params), params[0].device, SLOTS[size] - len(params)
+    shortest, longest = min(p.numel() for p in params), max(p.numel() for p in params)
+    if empty < 0 or (shortest < LONG if size == "long" else shortest < 2 or longest >= LONG or device.type != "cpu"):
         return None
-    device, last = params[0].device, _channels_last(params[0])
+    last = [_channels_last(p) for p in params]
     converted: list[Any] = []
     for argument in (params, *arguments):
         if isinstance(argument, float) and argument:
             argument = torch.full((), argument, dtype=scalar_dtype(device), device=device)
         elif isinstance(argument, Tensor):
-            argument = argument.clone()  # no view, see flat()
+            argument = torch.nn.functional.pad(argument, (0, empty)) if argument.dim() and empty else argument.clone()
         elif isinstance(argument, list) and argument:
-            vector = flat(argument[0])
-            if vector is None or _channels_last(argument[0]) != last:
+            flattened = [flat(t) if _channels_last(t) == of_x else None for t, of_x in zip(argument, last, strict=True)]
+            if any(vector is None for vector in flattened):
                 return None
-            argument = [vector]
+            kind = (argument[0].dtype, device, LONG if size == "long" else 2)
+            argument = flattened + [_filling(len(converted), slot, *kind) for slot in range(n, SLOTS[size])]
         converted.append(argument)
     return converted
 
@@ -81,3 +100,9 @@ def flat(t: Tensor) -> Tensor | None:
         t = t.permute(0, 2, 3, 1)
     # .data forgets which tensor this is a view of, on whose shape the compiled code would depend.
     return t.view(-1).data if t.is_contiguous() else None
+
+
+@cache
+def _filling(argument: int, slot: int, dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+    """What fills an empty slot of an argument; no two share memory."""
+    return torch.zeros(size, dtype=dtype, device=device)

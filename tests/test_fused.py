@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from koala_lib import Apollo, KoalaM, KoalaV
 from koala_lib.optim import _base, _fused, koala
-from koala_lib.optim._base import LossFilter, buckets
-from koala_lib.optim._fused import flat
+from koala_lib.optim._base import LossFilter, buckets, flat
 
 pytestmark = [
     pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbols
 from torch.utils._pytree import tree_map_only
 
-from koala_lib.optim._base import LONG, SLOTS, scalar_dtype
+from koala_lib.optim._base import LONG, SLOTS, channels_last, flat, scalar_dtype
 
 OPTIONS: dict[str, Any] = {"short": {"cpp.threads": 1}, "long": None}  # a second thread does not pay for so little
 # Kinds of calls in one process, each with code of its own; without this argument of newer versions torch keeps 8.
@@ -73,7 +73,7 @@ def vectors(params: list[Tensor], arguments: tuple[Any, ...], size: str) -> list
     shortest, longest = min(p.numel() for p in params), max(p.numel() for p in params)
     if empty < 0 or (shortest < LONG if size == "long" else shortest < 2 or longest >= LONG or device.type != "cpu"):
         return None
-    last = [_channels_last(p) for p in params]
+    last = [channels_last(p) for p in params]
     converted: list[Any] = []
     for argument in (params, *arguments):
         if isinstance(argument, float) and argument:
@@ -81,25 +81,13 @@ def vectors(params: list[Tensor], arguments: tuple[Any, ...], size: str) -> list
         elif isinstance(argument, Tensor):
             argument = torch.nn.functional.pad(argument, (0, empty)) if argument.dim() and empty else argument.clone()
         elif isinstance(argument, list) and argument:
-            flattened = [flat(t) if _channels_last(t) == of_x else None for t, of_x in zip(argument, last, strict=True)]
+            flattened = [flat(t) if channels_last(t) == of_x else None for t, of_x in zip(argument, last, strict=True)]
             if any(vector is None for vector in flattened):
                 return None
             kind = (argument[0].dtype, device, LONG if size == "long" else 2)
             argument = flattened + [_filling(len(converted), slot, *kind) for slot in range(n, SLOTS[size])]
         converted.append(argument)
     return converted
-
-
-def _channels_last(t: Tensor) -> bool:
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def flat(t: Tensor) -> Tensor | None:
-    """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
-    if _channels_last(t):
-        t = t.permute(0, 2, 3, 1)
-    # .data forgets which tensor this is a view of, on whose shape the compiled code would depend.
-    return t.view(-1).data if t.is_contiguous() else None
 
 
 @cache

@@ -88,6 +88,27 @@ def goals(rows: Iterable[Row]) -> list[Row]:
     return result
 
 
+def unshared(rows: Iterable[Row]) -> list[Row]:
+    """The part of a step that other threads do not take over: Python between the passes, mostly.
+
+    If all threads together do the rest as much faster as they do AdamW's step, then t_1 = a + b and t_n = a + b / s.
+
+    Returns:
+        One row a model and compiled optimizer, none where there is one thread only: ``model``, ``optimizer``, and in
+        milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
+    """
+    times = {(r["model"], r["optimizer"], r["threads"]): r["ms"] for r in rows}
+    most = max(threads for _, _, threads in times)
+    result = []
+    for model, name, threads in times:
+        if name in FUSED and threads == 1 and most > 1:
+            one, many = (times[model, name, n] for n in (1, most))
+            faster = times[model, BASE, 1] / times[model, BASE, most]
+            row = {"model": model, "optimizer": name, "one_thread": one, "all_threads": many}
+            result.append(row | {"unshared": one - (one - many) / (1 - 1 / faster)})
+    return result
+
+
 SIZES: Final = (100_000, 1_000_000, 10_000_000, 100_000_000, 500_000_000)
 TENSORS: Final = (10, 50, 200, 1000, 2000)
 AT: Final = 20_000_000  # parameters, where the number of tensors changes

@@ -38,6 +38,15 @@ def test_a_goal_is_met_up_to_its_limit() -> None:
     assert {(r["model"], r["threads"]) for r in rows} == {("net", 2)}
 
 
+def test_what_threads_do_not_share_is_what_stays() -> None:
+    one = [row | {"threads": 1} for row in measured(fused=12.0, m=30.0)]
+    two = measured(fused=8.0, m=22.0)  # 6 of Python, and 24 that two threads do in 16
+    [row] = bench_fused.unshared([*one, *two])
+    assert row["unshared"] == pytest.approx(6.0)
+    assert (row["optimizer"], row["one_thread"], row["all_threads"]) == ("KOALA-M, compiled", 30.0, 22.0)
+    assert bench_fused.unshared(one) == []
+
+
 @pytest.mark.usefixtures("traced_passes")
 @pytest.mark.parametrize("name", bench_fused.FUSED)
 def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -> None:

@@ -374,7 +374,8 @@ def _show(section: str, rows: list[Row]) -> None:
 
         print(frame.round(3).to_string(index=False))
         print("\ngoals\n" + pd.DataFrame(bench_fused.goals(rows)).round(2).to_string(index=False))
-        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "bench_step", {"measured": str(file().name)}))
+        origin = {"notebook": "koala/27_cost", "preset": "desktop", "runs": []}  # which shows the same figure
+        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala_cost_compiled", origin))
         return
     if section != "sweep":
         print(frame.round(3).to_string(index=False))

@@ -184,7 +184,8 @@ class Apollo(CheckedOptimizer):
         maximize: ascend.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
-        fused: ``True`` compiles the update; ``None`` never does.
+        fused: ``True`` compiles the passes over the weights, which pays from some million weights on; ``None`` never
+            does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.

@@ -330,7 +330,8 @@ class KoalaV(_Koala):
             reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
-        fused: ``True`` compiles the update; ``None`` never does.
+        fused: ``True`` compiles the passes over the weights, which pays from some million weights on; ``None`` never
+            does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.

@@ -245,3 +245,36 @@ def test_the_usual_lengths_are_compiled(name: str, fresh_compiler: None, monkeyp
     assert compilations() >= 4
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("name", ["KOALA-M", "APOLLO"])
+@pytest.mark.usefixtures("traced_passes")
+def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(name: str, fused: bool | None) -> None:
+    inputs = torch.randn(3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def trained(compile: Callable[[Any], Any]) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Linear(5, 1).double()
+        optimizer = OPTIMIZERS[name](net.parameters(), fused=fused)
+
+        def step(x: Tensor) -> None:
+            if isinstance(optimizer, LossFilter):
+                optimizer.predict()
+            optimizer.zero_grad()
+            losses = (net(x).squeeze(1) - x.sum(1)).square()
+            losses.mean().backward()
+            if isinstance(optimizer, LossFilter):
+                optimizer.step(loss=losses.detach())
+            else:
+                optimizer.step()
+
+        compiled = compile(step)
+        for x in inputs:
+            compiled(x)
+        return net.weight.detach()
+
+    plain = trained(lambda function: function)
+    before = compilations()
+    torch.testing.assert_close(trained(torch.compile), plain, rtol=1e-12, atol=1e-12)
+    assert compilations() > before

@@ -26,14 +26,14 @@ from koala_lib import bench_fused, bench_meka, models, paths
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.runs import write_json
 from koala_lib.timing import Row, interleave, now, spread
-from koala_lib.traffic import Factory, memory, peak, step
+from koala_lib.traffic import Factory, memory, peak, step, synthetic, with_gradients
 from koala_lib.train import RunConfig, _Run
 
 CONTENDERS: dict[str, Factory] = {
     "SGD momentum, foreach": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, foreach=True),
     "SGD momentum, fused": lambda p: torch.optim.SGD(p, 1e-9, momentum=0.9, fused=True),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, 1e-9, foreach=True),
-    "AdamW, fused": lambda p: torch.optim.AdamW(p, 1e-9, fused=True),
+    bench_fused.BASE: bench_fused.adamw,
     "KOALA-V": lambda p: KoalaV(p, 1e-9),
     "KOALA-V, weight decay": lambda p: KoalaV(p, 1e-9, weight_decay=5e-4),
     "KOALA-M, fixed Q": lambda p: KoalaM(p, 1e-9, process_noise=0.01),
@@ -55,20 +55,6 @@ TRAINED: dict[str, Factory] = {
     "KOALA-M": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
     "KOALA-M, compiled": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released", fused=True),
 }
-
-
-def with_gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Parameters as a list, each with a gradient of its memory layout. The values do not matter for the time."""
-    listed: list[Tensor] = list(params)
-    for p in listed:
-        p.grad = torch.full_like(p, 0.01)
-    return listed
-
-
-def synthetic(parameters: int, *, tensors: int = 16, device: str = "cpu") -> list[Tensor]:
-    """A flat model: ``tensors`` vectors with gradients, together of so many elements (rounded down)."""
-    size = parameters // tensors
-    return with_gradients(nn.Parameter(torch.full((size,), 0.01, device=device)) for _ in range(tensors))
 
 
 def image_network(name: str, *, device: str = "cpu") -> nn.Module:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 from koala_lib.timing import Row, interleave, spread
-from koala_lib.traffic import Factory, step
+from koala_lib.traffic import Factory, step, synthetic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,20 +134,23 @@ def flatness(
         One row a shape and optimizer: ``parameters``, ``tensors``, ``optimizer``, ``ns`` per parameter and ``ratio`` to
         torch's fused AdamW, with quartiles.
     """
-    from koala_lib.bench import CONTENDERS, synthetic
-
     rows = []
     for parameters, tensors in shapes:
         if 7 * 4 * parameters > _memory(device):  # weights, gradients, AdamW's two, three at most of ours
             continue
         params = synthetic(parameters, tensors=tensors, device=device)
         for name in ("KOALA-V, compiled", "KOALA-M, compiled", "APOLLO, compiled"):
-            jobs = {n: partial(step, create(params)) for n, create in ((BASE, CONTENDERS[BASE]), (name, FUSED[name]))}
+            jobs = {n: partial(step, create(params)) for n, create in ((BASE, adamw), (name, FUSED[name]))}
             times = interleave(jobs, rounds, device=device, seconds=0.3)
             ratios = (a / b for a, b in zip(times[name], times[BASE], strict=True))
             row = {"parameters": parameters, "tensors": tensors, "optimizer": name}
             rows.append(row | spread("ns", (1e9 * s / parameters for s in times[name])) | spread("ratio", ratios))
     return rows
+
+
+def adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    """What everything is compared with."""
+    return torch.optim.AdamW(params, 1e-9, fused=True)
 
 
 def _memory(device: str) -> int:

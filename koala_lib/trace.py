@@ -11,7 +11,8 @@ from torch import Tensor
 
 from koala_lib import data, kalman
 from koala_lib.optim import KoalaM, KoalaV, Meka
-from koala_lib.optim._base import LossFilter, squared_norms
+from koala_lib.optim._base import LossFilter
+from koala_lib.optim._lists import squared_norms
 from koala_lib.train import RunConfig, _Run
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -81,6 +81,20 @@ def peak(job: Callable[[], object]) -> int:
     with Traffic() as seen:
         job()
     return int(seen.peak)
+
+
+def with_gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Parameters as a list, each with a gradient of its memory layout. The values do not matter for the time."""
+    listed: list[Tensor] = list(params)
+    for p in listed:
+        p.grad = torch.full_like(p, 0.01)
+    return listed
+
+
+def synthetic(parameters: int, *, tensors: int = 16, device: str = "cpu") -> list[Tensor]:
+    """A flat model: ``tensors`` vectors with gradients, together of so many elements (rounded down)."""
+    size = parameters // tensors
+    return with_gradients(nn.Parameter(torch.full((size,), 0.01, device=device)) for _ in range(tensors))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

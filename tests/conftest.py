@@ -12,7 +12,7 @@ import torch
 from sandbox import Project
 
 from koala_lib import paths
-from koala_lib.optim import _base, _fused, apollo, koala
+from koala_lib.optim import _fused, _lists, apollo, koala
 from koala_lib.optim._fused import Pass
 
 
@@ -46,7 +46,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(Pass, "compiler_works", None)
-    for module in (_base, _fused):
+    for module in (_lists, _fused):
         monkeypatch.setattr(module, "LONG", 12)
     for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
         monkeypatch.setattr(step, "_compiled", {})

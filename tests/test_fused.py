@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from koala_lib import Apollo, KoalaM, KoalaV
-from koala_lib.optim import _base, _fused, koala
-from koala_lib.optim._base import LossFilter, buckets, flat
+from koala_lib.optim import _fused, _lists, koala
+from koala_lib.optim._base import LossFilter
+from koala_lib.optim._lists import buckets, flat
 
 pytestmark = [
     pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"),
@@ -193,7 +194,7 @@ def test_other_layouts_have_no_vector() -> None:
 
 
 def test_long_tensors_are_compiled_by_four_and_short_ones_by_eight() -> None:
-    long, sizes = _base.LONG, [5, _base.LONG, 7, 2 * _base.LONG, 1, _base.LONG - 1, 0]
+    long, sizes = _lists.LONG, [5, _lists.LONG, 7, 2 * _lists.LONG, 1, _lists.LONG - 1, 0]
     params = [torch.empty(size) for size in sizes + [9] * 7 + [2 * long] * 3]
     assert [[len(p) for p in bucket] for bucket in buckets(params, foreach=None, fused=True)] == [
         [long, 2 * long, 2 * long, 2 * long], [2 * long], [5, 7, long - 1, 9, 9, 9, 9, 9], [9, 9], [1, 0],
@@ -219,7 +220,7 @@ def test_what_fills_a_list_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("traced_passes")
 def test_mixed_lists_are_treated_by_foreach() -> None:
-    params = [torch.ones(n, dtype=torch.float64) for n in (5, _base.LONG)]
+    params = [torch.ones(n, dtype=torch.float64) for n in (5, _lists.LONG)]
     assert koala._observe(params, params, 0.0, fused=True).shape == (3, 2)
     assert compilations() == 0
 
@@ -227,7 +228,7 @@ def test_mixed_lists_are_treated_by_foreach() -> None:
 @each
 def test_the_usual_lengths_are_compiled(name: str, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One short and one long tensor, of float32, by real code."""
-    for module in (_base, _fused):
+    for module in (_lists, _fused):
         monkeypatch.setattr(module, "LONG", 4097)
     ends = []
     for path in ({"fused": True}, {"foreach": True}):

@@ -21,7 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import KoalaM, KoalaV, Meka, paths
-from koala_lib.optim import _base, _fused, apollo, koala
+from koala_lib.optim import _fused, _lists, apollo, koala
 
 STEPS, BATCH, NAN_STEP, SAVED = 7, 7, 4, 5
 SHARES = {  # of the batch, by rank: of different sizes
@@ -192,7 +192,7 @@ def fused(case: Case) -> dict[str, Any]:
         return call
 
     def forget(size: int) -> None:
-        _base.LONG = _fused.LONG = size
+        _lists.LONG = _fused.LONG = size
         for step in (each for module in (koala, apollo) for each in vars(module).values()):
             if isinstance(step, _fused.Pass):
                 step._compiled = {}

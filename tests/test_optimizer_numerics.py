@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from koala_lib import KoalaM
-from koala_lib.optim._base import squared_norms
+from koala_lib.optim._lists import squared_norms
 
 # --- precision --------------------------------------------------------------------------------------------
 

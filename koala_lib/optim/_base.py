@@ -1,19 +1,17 @@
-"""What the optimizers share: argument checks, norms of tensor lists, and the protocol of filters of the loss."""
+"""What the optimizers share: argument checks, and the protocol of filters of the loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
-LARGE = 2**16  # elements from which a tensor is treated alone
-LONG = 4097  # elements from which torch 2.13 compiles sums that add up parts, and so other code
-SLOTS = {"short": 8, "long": 4}  # tensors in the lists that are compiled: more save calls, fewer compile sooner
+from koala_lib.optim._lists import buckets, scalar_dtype
+
 Entries = dict[str, Tensor]  # a filter's scalars by name
 
 
@@ -64,76 +62,6 @@ def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
                 f"{optimizer} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
                 "use a dense gradient, e.g. Embedding(sparse=False)"
             )
-
-
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of filter scalars: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def channels_last(t: Tensor) -> bool:
-    """Whether a batch of images, or the weights of a convolution, have the channels together in memory."""
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def flat(t: Tensor) -> Tensor | None:
-    """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
-    if channels_last(t):
-        t = t.permute(0, 2, 3, 1)
-    # .data forgets which tensor this is a view of, on whose shape compiled code would depend.
-    return t.view(-1).data if t.is_contiguous() else None
-
-
-def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Half precision as float32, the rest as it is."""
-    return [t.float() if t.dtype in HALF else t for t in tensors]
-
-
-def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """|t|^2 of each tensor as a 0-dim float64 tensor on its device, accumulated in float32 or better."""
-    if not tensors:
-        return []
-    if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6 at any size
-        return [t.square().sum().to(scalar_dtype(t.device)) for t in wide(tensors)]
-    dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
-    if tensors[0].device.type == "cpu":
-        return _squared_norms_cpu(tensors, dtype)
-    norms = torch._foreach_norm(list(tensors), 2, dtype=dtype)
-    return [n.to(scalar_dtype(n.device)).square() for n in norms]
-
-
-def _squared_norms_cpu(tensors: Sequence[Tensor], dtype: torch.dtype, row: int = 1024) -> list[Tensor]:
-    # torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows,
-    # added in float64, cost the same and are good to 1e-6. (Other layouts: below LARGE a norm in float64 is as fast.)
-    vectors = [flat(t) if t.numel() > (row if t.is_contiguous() else LARGE) else None for t in tensors]
-    wholes = [None if v is None else v[: v.numel() // row * row] for v in vectors]
-    short = [t if v is None else v[v.numel() // row * row :] for t, v in zip(tensors, vectors, strict=True)]
-    squared = torch.stack(torch._foreach_norm(short, 2, dtype=torch.float64)).square().unbind()
-    return [
-        rest if whole is None else _squared_rows(whole.view(-1, row), dtype) + rest
-        for rest, whole in zip(squared, wholes, strict=True)
-    ]
-
-
-def _squared_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    return norms.double().square().sum()
-
-
-def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: float | Tensor) -> list[Tensor]:
-    """h = g + lambda x, leaving ``p.grad`` alone."""
-    if isinstance(weight_decay, Tensor):  # compiled
-        return [torch.addcmul(g, x, weight_decay) for g, x in zip(grads, params, strict=True)]
-    return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
-
-
-def subtract(tensors: Sequence[Tensor], directions: Sequence[Tensor], steps: Tensor) -> None:
-    """x -= step h, with a step for each tensor; half precision is computed in float32 and rounded once."""
-    for x, h, step in zip(tensors, directions, steps.unbind(), strict=True):
-        if x.dtype in HALF:
-            x.sub_(h.float() * step)
-        else:
-            x.addcmul_(h, step, value=-1)
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
@@ -389,51 +317,3 @@ class LossFilter(ScalarFilter):
     def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
         options = self.param_groups[0]
         return buckets(params, foreach=options["foreach"], fused=options["fused"])
-
-
-def buckets(
-    params: list[Tensor], *, foreach: bool | None, fused: bool | None, much: int = 2**18
-) -> Iterator[list[Tensor]]:
-    """Lists of parameters to treat at once, of one device and dtype.
-
-    A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
-    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` lists as
-    they are compiled: short tensors, on the CPU, and long ones.
-    """
-    if fused:
-        short = [p for p in params if 1 < p.numel() < LONG and p.device.type == "cpu"]
-        for size, listed in (("long", [p for p in params if p.numel() >= LONG]), ("short", short)):
-            for kind in _kinds(listed):
-                yield from (kind[i : i + SLOTS[size]] for i in range(0, len(kind), SLOTS[size]))
-        params = [p for p in params if p.numel() <= 1 or (p.numel() < LONG and p.device.type != "cpu")]
-    if foreach is False:
-        yield from ([p] for p in params)
-    elif foreach or (params and params[0].device.type == "cuda"):
-        yield from _kinds(params)
-    else:
-        yield from _runs(params, LARGE, much)
-
-
-def _kinds(params: list[Tensor]) -> Iterable[list[Tensor]]:
-    """Parameters by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        kinds.setdefault((p.device, p.dtype), []).append(p)
-    return kinds.values()
-
-
-def _runs(params: list[Tensor], small: int, much: int) -> Iterator[list[Tensor]]:
-    """Successive small tensors of one kind, in their order."""
-    run: list[Tensor] = []
-    room, kind = 0, None
-    for p in params:
-        size, this = p.numel(), (p.device, p.dtype)
-        if run and (size > room or this != kind):
-            yield run
-            run = []
-        if not run:
-            room, kind = much if size <= small else size, this
-        run.append(p)
-        room -= size
-    if run:
-        yield run

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbols
 from torch.utils._pytree import tree_map_only
 
-from koala_lib.optim._base import LONG, SLOTS, channels_last, flat, scalar_dtype
+from koala_lib.optim._lists import LONG, SLOTS, channels_last, flat, scalar_dtype
 
 OPTIONS: dict[str, Any] = {"short": {"cpp.threads": 1}, "long": None}  # a second thread does not pay for so little
 # Kinds of calls in one process, each with code of its own; without this argument of newer versions torch keeps 8.

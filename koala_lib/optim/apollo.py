@@ -16,20 +16,15 @@ from torch import Tensor
 
 from koala_lib.optim._base import (
     CheckedOptimizer,
-    buckets,
     check_choice,
     check_dense,
     check_flag,
     check_lr,
     check_number,
     check_real,
-    decayed,
-    scalar_dtype,
-    squared_norms,
-    subtract,
-    wide,
 )
 from koala_lib.optim._fused import Pass
+from koala_lib.optim._lists import buckets, decayed, scalar_dtype, squared_norms, subtract, wide
 from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, shard_counts
 
 __all__ = ["Apollo"]

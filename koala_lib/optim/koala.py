@@ -16,18 +16,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._base import (
-    Entries,
-    LossFilter,
-    check_choice,
-    check_dense,
-    check_flag,
-    check_number,
-    decayed,
-    squared_norms,
-    subtract,
-)
+from koala_lib.optim._base import Entries, LossFilter, check_choice, check_dense, check_flag, check_number
 from koala_lib.optim._fused import Pass
+from koala_lib.optim._lists import decayed, squared_norms, subtract
 from koala_lib.optim._sharded import (
     check_meshes,
     is_sharded,

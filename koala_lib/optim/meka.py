@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import kalman
 from koala_lib.moments import METHODS, sample_moments
-from koala_lib.optim._base import Entries, ScalarFilter, check_choice, check_number, scalar_dtype
+from koala_lib.optim._base import Entries, ScalarFilter, check_choice, check_number
+from koala_lib.optim._lists import scalar_dtype
 from koala_lib.optim._sharded import is_sharded
 from koala_lib.step_size import RULES, PredictedChange
 

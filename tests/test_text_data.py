@@ -220,7 +220,7 @@ def test_missing_texts_say_what_to_do(folder: Path, name: str, file: str) -> Non
 
 BILLION = TEXTS["one-billion-words"]
 SHARDS = {f"training/news.en-{i:05}-of-00100": f"shard number{i} . \n" + "the cat sat . \n" * 8 for i in range(1, 100)}
-SHARDS["training/news.en-00007-of-00100"] += "rare rare\n\nthrice thrice thrice dogs dogs\n  \n"
+SHARDS["training/news.en-00007-of-00100"] += "rare rare\n\nthrice thrice thrice dogs\u2028dogs\n  \n"
 HELD_OUT = {f"heldout/news.en.heldout-{i:05}-of-00050": f"held cat {i} .\n" * 8 for i in range(3)}
 # The real archive is in no order, and its folder of held-out text also has all the fifty parts in one file.
 MEMBERS = {"heldout/news.en-00000-of-00100": "not for us\n" * 20, **HELD_OUT, **dict(reversed(SHARDS.items()))}

@@ -151,9 +151,8 @@ def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Co
             break
     else:
         own = {f.name: f"sha256:{_digest(p, 'sha256')}" for p, f in zip(found, expected, strict=True) if not f.digest}
-        return Copy(
-            found, _manifest(name, [f"{f.name} {f.digest or own[f.name]}" for f in _identifying(dataset)]), tag=""
-        )
+        lines = [f"{f.name} {f.digest or own[f.name]}" for f in _identifying(dataset)]
+        return Copy(found, _manifest(name, lines), tag="")
     if not allow_unverified:
         raise DataError(
             f"{path} is not the published file of {dataset.title} ({kind} {actual}, expected {digest}): replace it, or "

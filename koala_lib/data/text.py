@@ -120,7 +120,9 @@ def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]
                 raise ValueError(f"it holds {len(stream)} {row.unit}s, too few for training and test")
     order = {file.name: i for i, file in enumerate(row.files)} if row.archive else {}
     parts = _parts([streams[name] for name in sorted(streams, key=lambda n: order.get(n.rsplit("/", 1)[-1], 0))])
-    counts = np.sum([np.bincount(piece, minlength=len(first_seen)) for piece in parts[0]], axis=0)
+    counts = np.zeros(len(first_seen), np.int64)
+    for piece in parts[0]:
+        counts += np.bincount(piece, minlength=len(counts))
     vocabulary = _vocabulary(row, dict(zip(first_seen, counts.tolist(), strict=True)))
     number = {token: i for i, token in enumerate(vocabulary)}
     unknown = number.get(UNKNOWN, -1)
@@ -131,10 +133,10 @@ def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]
 def _tokens(row: Text, text: str) -> Iterator[str]:
     if row.unit == "character":
         return iter(text)
-    lines = (line.split() for line in text.splitlines())
-    if row.sentences:
-        return (token for words in lines if words for token in (BEGIN, *words, END_OF_LINE))
-    return (token for words in lines for token in (*words, END_OF_LINE))
+    if row.sentences:  # not splitlines(): U+2028 and its like stand within a line
+        sentences = (line.split() for line in text.split("\n"))
+        return (token for words in sentences if words for token in (BEGIN, *words, END_OF_LINE))
+    return (token for line in text.splitlines() for token in (*line.split(), END_OF_LINE))
 
 
 def _parts(streams: list[Array]) -> list[list[Array]]:

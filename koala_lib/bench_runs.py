@@ -23,7 +23,13 @@ from koala_lib.train import RunConfig
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-VOCABULARY = {"pydoc-topics": 103, "tinyshakespeare": 65, "wikitext-2": 33_278, "wikitext-2-valid": 2_357}
+VOCABULARY = {
+    "pydoc-topics": 103,
+    "tinyshakespeare": 65,
+    "wikitext-2": 33_278,
+    "wikitext-2-valid": 2_357,
+    "one-billion-words": 793_471,  # as published
+}
 SENTENCE = 30  # tokens of a sentence, about the mean of WMT14 in 32 768 pieces of words
 PROBE = 4  # samples of the first, short measurement
 

@@ -28,6 +28,7 @@ SAMPLES = {
     "tinyshakespeare": 1_003_855,
     "wikitext-2": 2_088_628,
     "wikitext-2-valid": 195_881,
+    "one-billion-words": 829_250_940,  # as published, both ends of a sentence included
     "numbers": 3_000,
     "multi30k": 29_000,
     "wmt14-en-de": 4_500_000,

@@ -294,7 +294,7 @@ def test_the_state_is_carried_through_an_epoch_and_starts_anew_with_the_next() -
     losses = [task.step(window, {"network": optimizer}).item() for _ in range(2) for window in task.batches(0)]
     half = task.steps_per_epoch
     assert losses[:half] == losses[half:]
-    text, rows = task.data.train, TINY.batch_size
+    text, rows = task.data.train.long(), TINY.batch_size
     height = (len(text) - 1) // rows
     column = text[: height * rows].view(rows, height)[:, : 16 * half]
     following = text[1 : height * rows + 1].view(rows, height)[:, : 16 * half]

@@ -6,7 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import io
+import math
 import os
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from koala_lib import data, paths
 from koala_lib.data import files
 from koala_lib.data.text import TEXTS, File, Text, encode, pydoc_topics
+from koala_lib.train import RunConfig, train
 
 LINES = "the cat sat\n\nthe dog ran far\n"
 CHARACTERS = Text(title="made here", unit="character", files=())
@@ -143,7 +147,7 @@ def test_train_size_takes_the_beginning_and_leaves_the_rest(folder: Path) -> Non
     assert torch.equal(short.validation, whole.validation)
     assert short.vocabulary == whole.vocabulary
     assert short.identity == whole.identity
-    assert whole.train.dtype == torch.int64
+    assert whole.train.dtype == torch.int32
     for size in (0, -1, len(whole.train) + 1):
         with pytest.raises(ValueError, match=rf"train_size must be between 1 and {len(whole.train)}.*{size}"):
             data.load_text("pydoc-topics", train_size=size)
@@ -197,7 +201,12 @@ def test_a_changed_file_is_refused_and_says_so(folder: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("tinyshakespeare", "tinyshakespeare.txt"), ("wikitext-2", "train.txt"), ("wikitext-2-valid", "valid.txt")],
+    [
+        ("tinyshakespeare", "tinyshakespeare.txt"),
+        ("wikitext-2", "train.txt"),
+        ("wikitext-2-valid", "valid.txt"),
+        ("one-billion-words", "1-billion-word-language-modeling-benchmark-r13output.tar.gz"),
+    ],
 )
 def test_missing_texts_say_what_to_do(folder: Path, name: str, file: str) -> None:
     with pytest.raises(data.DataError) as caught:
@@ -207,6 +216,154 @@ def test_missing_texts_say_what_to_do(folder: Path, name: str, file: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+# --- One Billion Words ------------------------------------------------------------------------------------------------
+
+BILLION = TEXTS["one-billion-words"]
+SHARDS = {f"training/news.en-{i:05}-of-00100": f"shard number{i} . \n" + "the cat sat . \n" * 8 for i in range(1, 100)}
+SHARDS["training/news.en-00007-of-00100"] += "rare rare\n\nthrice thrice thrice dogs\u2028dogs\n  \n"
+HELD_OUT = {f"heldout/news.en.heldout-{i:05}-of-00050": f"held cat {i} .\n" * 8 for i in range(3)}
+# The real archive is in no order, and its folder of held-out text also has all the fifty parts in one file.
+MEMBERS = {"heldout/news.en-00000-of-00100": "not for us\n" * 20, **HELD_OUT, **dict(reversed(SHARDS.items()))}
+
+
+def write_billion(folder: Path, monkeypatch: pytest.MonkeyPatch, members: dict[str, str] = MEMBERS) -> Path:
+    """Make an archive, and its checksum the published one."""
+    assert BILLION.archive
+    path = folder / BILLION.archive.name
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        for name, text in members.items():
+            entry = tarfile.TarInfo(f"1-billion-word-language-modeling-benchmark-r13output/{name}")
+            entry.size = len(text.encode())
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    publish_billion(path, monkeypatch)
+    return path
+
+
+def publish_billion(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    row = dataclasses.replace(BILLION, archive=File(path.name, digest, url=f"https://example.org/{path.name}"))
+    monkeypatch.setitem(TEXTS, "one-billion-words", row)
+
+
+def test_one_billion_words_are_its_shards_in_order_with_both_ends_of_a_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_billion(folder, monkeypatch)
+    loaded = data.load_text("one-billion-words")
+    assert loaded.tag == ""
+    assert loaded.identity == data.identity("one-billion-words")
+
+    lines = [line.split() for _, text in sorted(SHARDS.items()) for line in text.split("\n") if line.strip()]
+    counts: dict[str, int] = {}
+    for word in (word for words in lines for word in words):
+        counts[word] = counts.get(word, 0) + 1
+    expected = [t for words in lines for t in ("<bos>", *(w if counts[w] > 2 else "<unk>" for w in words), "<eos>")]
+    assert [loaded.vocabulary[i] for i in loaded.train] == expected
+    assert [loaded.vocabulary[i] for i in loaded.test[:6]] == ["<bos>", "<unk>", "cat", "<unk>", ".", "<eos>"]
+    assert (len(loaded.validation), len(loaded.test)) == (48, 48)
+
+
+def test_the_parts_of_the_held_out_text_are_not_mixed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {name: text.replace(" 0 ", " the ").replace(" 1 ", " sat ") for name, text in MEMBERS.items()}
+    write_billion(folder, monkeypatch, words)
+    loaded = data.load_text("one-billion-words")
+    assert (loaded.vocabulary[loaded.test[3]], loaded.vocabulary[loaded.validation[3]]) == ("the", "sat")
+
+
+def test_words_seen_three_times_are_known_and_numbered_by_frequency(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_billion(folder, monkeypatch)
+    loaded = data.load_text("one-billion-words")
+    # 99 * 9 + 2 sentences, 99 * 9 full stops; 99 numbers, two times rare and two dogs are unknown
+    assert loaded.vocabulary == ("<bos>", "<eos>", ".", "cat", "sat", "the", "<unk>", "shard", "thrice")
+    counts = loaded.train.bincount()
+    assert counts.tolist() == [893, 893, 891, 792, 792, 792, 103, 99, 3]
+
+
+def test_words_as_rare_as_each_other_do_not_depend_on_the_order_of_the_archive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    for members in (MEMBERS, dict(reversed(MEMBERS.items()))):
+        write_billion(folder, monkeypatch, members)
+        loaded.append(data.load_text("one-billion-words"))
+    assert loaded[0].vocabulary == loaded[1].vocabulary
+    assert torch.equal(loaded[0].train, loaded[1].train)
+    assert torch.equal(loaded[0].test, loaded[1].test)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated", "tar.gz cannot be read: "),
+        ("not an archive", "tar.gz cannot be read: "),
+        ("a shard is missing", "it does not contain news.en-00042-of-00100"),
+        ("an empty shard", "news.en-00042-of-00100 cannot be read: it holds 0 words, too few"),
+        ("not UTF-8", "news.en-00042-of-00100 cannot be read: .*utf-8"),
+    ],
+)
+def test_a_damaged_archive_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, case: str, message: str) -> None:
+    name, members = "training/news.en-00042-of-00100", dict(MEMBERS)
+    if case == "a shard is missing":
+        del members[name]
+    elif case == "an empty shard":
+        members[name] = ""
+    path = write_billion(folder, monkeypatch, members)
+    if case == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif case == "not an archive":
+        path.write_bytes(b"<html>not found</html>")
+    elif case == "not UTF-8":
+        with tarfile.open(path, "w:gz") as tar:
+            entry = tarfile.TarInfo(name)
+            entry.size = 100
+            tar.addfile(entry, io.BytesIO(b"\xff\xfe" * 50))
+    publish_billion(path, monkeypatch)  # what a checksum does not find
+    with pytest.raises(data.DataError, match=message) as caught:
+        data.load_text("one-billion-words")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unpacked_copy_does_not_count(folder: Path) -> None:
+    # The files in the archive have no published checksums.
+    for file in BILLION.files:
+        (folder / file.name).write_text("the cat sat .\n" * 10)
+    assert files.find("one-billion-words") is None
+    published = data.identity("one-billion-words")
+    assert data.identity("one-billion-words", allow_unverified=True) == published
+
+
+def test_another_archive_has_another_identity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = data.identity("one-billion-words")
+    write_billion(folder, monkeypatch)
+    monkeypatch.setitem(TEXTS, "one-billion-words", BILLION)
+    assert data.identity("one-billion-words") == published
+    with pytest.raises(data.DataError, match="is not the published file of One Billion Words"):
+        data.load_text("one-billion-words")
+    allowed = data.load_text("one-billion-words", allow_unverified=True)
+    assert allowed.tag.startswith("unverified: content ")
+    assert allowed.identity == data.identity("one-billion-words", allow_unverified=True) != published
+
+
+def test_one_billion_words_train_an_adaptive_softmax(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_billion(folder, monkeypatch)
+    config = RunConfig(
+        task="language_model",
+        task_args={"sequence_length": 20, "clip_norm": 1.0, "pieces": 2},
+        dataset="one-billion-words",
+        model="lstm",
+        model_args={"embedding": 4, "hidden": 16, "layers": 2, "dropout": 0.1, "cutoffs": [3, 5]},
+        optimizer="apollo",
+        optimizer_args={"lr": 0.1, "warmup_steps": 5, "warmup_init_lr": 1e-5},
+        epochs=4,
+        batch_size=32,
+    )
+    result = train(config)
+    assert result.status == "done"
+    assert result.epochs[-1]["train_loss"] < math.log(9), "better than the same probability for all words"
+
+
 def test_identities_never_change(folder: Path) -> None:
     # They are part of the keys of stored runs; the help texts have the identity of their version of Python.
     known = {name: data.identity(name)[:12] for name in TEXTS if name != "pydoc-topics"}
@@ -214,6 +371,7 @@ def test_identities_never_change(folder: Path) -> None:
         "tinyshakespeare": "65ffe4a52b0e",
         "wikitext-2": "80575953714c",
         "wikitext-2-valid": "2cee406b2c0d",
+        "one-billion-words": "4d3756ff2987",
     }
 
 

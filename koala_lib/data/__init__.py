@@ -158,7 +158,7 @@ class TextData:
     Attributes
     ----------
     train, validation, test
-        Tokens, int64, ``(N,)``, in the order of the text.
+        Tokens, int32, ``(N,)``, in the order of the text.
     vocabulary
         The tokens by number.
     unit

@@ -73,10 +73,17 @@ def identity(name: str, *, allow_unverified: bool | None = None) -> str:
         If a file of an unverified copy cannot be read.
     """
     dataset, may_differ = row(name), allowed(allow_unverified)
-    published = all(file.digest for file in dataset.files)
+    published = all(file.digest for file in _identifying(dataset))
     if (published and not may_differ) or (found := find(name)) is None:
-        return _manifest(name, [f"{f.name} {f.digest}" for f in dataset.files])
+        return _manifest(name, [f"{f.name} {f.digest}" for f in _identifying(dataset)])
     return checked(name, found, allow_unverified=may_differ).identity
+
+
+def _identifying(dataset: Row) -> tuple[File, ...]:
+    """The content files; where these have no published checksums, but their archive has, the archive."""
+    if dataset.archive and not all(file.digest for file in dataset.files):
+        return (dataset.archive,)
+    return dataset.files
 
 
 def fetch(name: str, *, allow_unverified: bool | None = None) -> Copy:
@@ -114,6 +121,8 @@ def find(name: str) -> tuple[Path, ...] | None:
         places = [folder / sub for sub in (name, *dataset.folders, "")]
         if dataset.archive and (archive := _first(places, [dataset.archive.name])):
             return (archive,)
+        if dataset.archive in _identifying(dataset):
+            continue  # loose files could not be verified
         files = [_shipped(f) if f.package else _first(places, [f.name, f"{f.name}.gz"]) for f in dataset.files]
         if None not in files:
             return tuple(cast("list[Path]", files))
@@ -142,7 +151,8 @@ def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Co
             break
     else:
         own = {f.name: f"sha256:{_digest(p, 'sha256')}" for p, f in zip(found, expected, strict=True) if not f.digest}
-        return Copy(found, _manifest(name, [f"{f.name} {f.digest or own[f.name]}" for f in dataset.files]), tag="")
+        lines = [f"{f.name} {f.digest or own[f.name]}" for f in _identifying(dataset)]
+        return Copy(found, _manifest(name, lines), tag="")
     if not allow_unverified:
         raise DataError(
             f"{path} is not the published file of {dataset.title} ({kind} {actual}, expected {digest}): replace it, or "
@@ -175,10 +185,17 @@ def _opened(path: Path) -> BufferedIOBase:
 
 
 def contents(name: str, copy: Copy) -> Contents:
-    """Yield ``(name for messages, bytes)`` of the content files, in the registry's order."""
+    """Yield ``(name for messages, bytes)`` of the content files, in the registry's order.
+
+    Those of a text's archive come in the order of the archive, so that one at a time is in memory.
+    """
     dataset = row(name)
     if dataset.archive and copy.files[0].name == dataset.archive.name:
-        yield from _members(copy.files[0], [file.name for file in dataset.files])
+        names = [file.name for file in dataset.files]
+        members = _members(copy.files[0], names)
+        if not isinstance(dataset, Text):
+            members = iter(sorted(members, key=lambda member: names.index(member[0])))
+        yield from ((f"{copy.files[0]}/{base}", raw) for base, raw in members)
         return
     for path in copy.files:
         with reading(str(path)), _opened(path) as stream:
@@ -187,16 +204,16 @@ def contents(name: str, copy: Copy) -> Contents:
 
 
 def _members(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Read members of a tar archive by their base names, without unpacking it."""
+    """Read members of a tar archive by their base names, in the order of the archive, without unpacking it."""
+    missing = dict.fromkeys(names)
     with reading(str(archive)), tarfile.open(archive) as tar:
-        raw = {}
         for member in tar:
             base = member.name.rsplit("/", 1)[-1]
-            if base in names and (stream := tar.extractfile(member)):
-                raw[base] = stream.read()
-        if missing := [base for base in names if base not in raw]:
-            raise ValueError(f"it does not contain {missing[0]}")
-    yield from ((f"{archive}/{base}", raw[base]) for base in names)
+            if base in missing and (stream := tar.extractfile(member)):
+                del missing[base]
+                yield base, stream.read()
+        if missing:
+            raise ValueError(f"it does not contain {next(iter(missing))}")
 
 
 def _download(name: str) -> None:

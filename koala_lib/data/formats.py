@@ -33,7 +33,8 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise DataError(f"{name} cannot be read: {error}") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile lists what it has tried, a line each
+        raise DataError(f"{name} cannot be read: {reason}") from error
 
 
 def _images(images: Array, shape: Shape) -> Array:

@@ -1,17 +1,18 @@
 """Texts for language models: what they are, how they become tokens, and where they are split.
 
 A text in one file is cut into 90 % for training, 5 % for validation and 5 % for testing, in this order; of two files
-the second is the test text, and the last tenth of the first is for validation; three files are the three parts. The
-vocabulary is that of the whole training part, so that it does not depend on ``train_size``; all other tokens are
-``<unk>``.
+the second is the test text, and the last tenth of the first is for validation; of three files and more the last two are
+for validation and testing. The vocabulary is that of the whole training part, so that it does not depend on
+``train_size``; all other tokens are ``<unk>``.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Final
@@ -21,7 +22,7 @@ import numpy as np
 from koala_lib.data.formats import Array, Contents, reading
 from koala_lib.data.registry import File
 
-UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+UNKNOWN, BEGIN, END_OF_LINE = "<unk>", "<bos>", "<eos>"
 
 
 def pydoc_topics(raw: bytes) -> str:
@@ -60,9 +61,16 @@ class Text:
     unit
         What a token is: ``"character"``, or ``"word"``: what stands between spaces, and ``<eos>`` at the end of a line.
     files
-        One to three files, see the head of this module.
+        One or more files, see the head of this module.
     min_count
         Words that the training part has less often are ``<unk>``.
+    sentences
+        Whether each line is a sentence by itself: it begins with ``<bos>``, and empty lines are left out.
+    by_frequency
+        Whether tokens are numbered from the most frequent of the training part on, as an adaptive softmax needs it, and
+        equally frequent ones in the order of the alphabet, as all others.
+    archive
+        A tar archive that holds all files; where these have no checksums of their own, only the archive will do.
     folders
         Where the files lie below a data folder, beside the folder itself and one with the text's name.
     decode
@@ -73,20 +81,28 @@ class Text:
     unit: str
     files: tuple[File, ...]
     min_count: int = 1
+    sentences: bool = False
+    by_frequency: bool = False
+    archive: File | None = None
     folders: tuple[str, ...] = ()
     decode: Callable[[bytes], str] = _utf8
-    archive: ClassVar[File | None] = None  # texts are plain files that anybody may download
-    source: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # texts are files that anybody may download
     loader: ClassVar[str] = "is a text; load it with load_text"
 
 
 def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]:
     """Read, cut and number the tokens of a text.
 
+    Tokens are numbers as soon as they are read, and it takes 8 bytes for each at most, beside the file that is read.
+
+    Args:
+        row: what the text is.
+        contents: its files, in the registry's order; those of an archive in any order.
+
     Returns
     -------
     tuple
-        Training, validation and test part, int64 ``(N,)``; and the vocabulary, sorted, with ``<unk>`` where it is
+        Training, validation and test part, int32 ``(N,)``; and the vocabulary, sorted, with ``<unk>`` where it is
         needed.
 
     Raises
@@ -94,45 +110,65 @@ def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]
     DataError
         If a file cannot be decoded, or is too short to be cut.
     """
-    streams: list[list[str]] = []
+    first_seen: defaultdict[str, int] = defaultdict(itertools.count().__next__)
+    streams: dict[str, Array] = {}
     for name, raw in contents:
         with reading(name):
-            streams.append(_tokens(row.decode(raw), row.unit))
-            if len(streams[-1]) < 40:
-                raise ValueError(f"it holds {len(streams[-1])} {row.unit}s, too few for training and test")
-    parts = _parts(streams)
-    counts = Counter(parts[0])
-    known = {token for token, count in counts.items() if count >= row.min_count}
-    if any(token not in known for part in parts for token in part):
-        known.add(UNKNOWN)
-    vocabulary = tuple(sorted(known))
+            tokens = _tokens(row, row.decode(raw))
+            streams[name] = stream = np.fromiter(map(first_seen.__getitem__, tokens), np.int32)
+            if len(stream) < 40:
+                raise ValueError(f"it holds {len(stream)} {row.unit}s, too few for training and test")
+    order = {file.name: i for i, file in enumerate(row.files)} if row.archive else {}
+    parts = _parts([streams[name] for name in sorted(streams, key=lambda n: order.get(n.rsplit("/", 1)[-1], 0))])
+    counts = np.zeros(len(first_seen), np.int64)
+    for piece in parts[0]:
+        counts += np.bincount(piece, minlength=len(counts))
+    vocabulary = _vocabulary(row, dict(zip(first_seen, counts.tolist(), strict=True)))
     number = {token: i for i, token in enumerate(vocabulary)}
     unknown = number.get(UNKNOWN, -1)
-    return [_numbers(part, number, unknown) for part in parts], vocabulary
+    final = np.fromiter((number.get(token, unknown) for token in first_seen), np.int32)
+    return [_renumbered(pieces, final) for pieces in parts], vocabulary
 
 
-def _tokens(text: str, unit: str) -> list[str]:
-    if unit == "character":
-        return list(text)
-    return [token for line in text.splitlines() for token in (*line.split(), END_OF_LINE)]
+def _tokens(row: Text, text: str) -> Iterator[str]:
+    if row.unit == "character":
+        return iter(text)
+    if row.sentences:  # not splitlines(): U+2028 and its like stand within a line
+        sentences = (line.split() for line in text.split("\n"))
+        return (token for words in sentences if words for token in (BEGIN, *words, END_OF_LINE))
+    return (token for line in text.splitlines() for token in (*line.split(), END_OF_LINE))
 
 
-def _parts(streams: list[list[str]]) -> list[list[str]]:
-    if len(streams) == 3:
-        return streams
+def _parts(streams: list[Array]) -> list[list[Array]]:
+    """Training, validation and test part, each in one piece or more."""
+    if len(streams) > 2:
+        return [streams[:-2], streams[-2:-1], streams[-1:]]
     first = streams[0]
     cuts = [0.9, 0.95] if len(streams) == 1 else [0.9]
     at = [0, *(round(cut * len(first)) for cut in cuts), len(first)]
-    return [first[a:b] for a, b in pairwise(at)] + streams[1:]
+    return [[first[a:b]] for a, b in pairwise(at)] + [streams[1:]] * (len(streams) - 1)
 
 
-def _numbers(tokens: Iterable[str], number: dict[str, int], unknown: int) -> Array:
-    return np.fromiter((number.get(token, unknown) for token in tokens), np.int64)
+def _vocabulary(row: Text, counts: dict[str, int]) -> tuple[str, ...]:
+    """The known tokens in their final order, from how often the training part has each token of the whole text."""
+    known = {token: count for token, count in counts.items() if count >= row.min_count}
+    if len(known) < len(counts):
+        known[UNKNOWN] = known.get(UNKNOWN, 0) + sum(counts.values()) - sum(known.values())
+    return tuple(sorted(known, key=lambda token: (-known[token] if row.by_frequency else 0, token)))
+
+
+def _renumbered(pieces: list[Array], final: Array) -> Array:
+    whole, end = np.empty(sum(map(len, pieces)), np.int32), 0
+    for piece in pieces:  # one by one: all of a large text at once would be in memory three times
+        start, end = end, end + len(piece)
+        whole[start:end] = final[piece]
+    return whole
 
 
 # Checksums: of tinyshakespeare and of WikiText-2's three files as a number of public projects list them; our copies of
 # tinyshakespeare, valid.txt and test.txt have them. topics.py differs between versions of Python: it is whatever this
-# Python has, and the checksum of its content is part of the key of a run.
+# Python has, and the checksum of its content is part of the key of a run. One Billion Words: SHA-256 of the archive as
+# tensorflow_datasets and several other projects list it; we could not compare it with a copy.
 _TOPICS = File("topics.py", "", package="pydoc_data")
 
 
@@ -156,6 +192,9 @@ _WIKITEXT2 = _from(
     },
 )
 
+_BILLION = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
+_BILLION_SHA256 = "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
+
 TEXTS: Final[dict[str, Text]] = {
     "pydoc-topics": Text(title="Python's help texts", unit="character", files=(_TOPICS,), decode=pydoc_topics),
     "tinyshakespeare": Text(title="tiny Shakespeare", unit="character", files=_SHAKESPEARE),
@@ -166,5 +205,22 @@ TEXTS: Final[dict[str, Text]] = {
         files=_WIKITEXT2[1:],
         min_count=10,  # ours, for runs on a CPU: 2400 words instead of 13 000
         folders=("wikitext-2",),
+    ),
+    # Chelba et al., arXiv 1312.3005. Words that occur less than three times are unknown. The first of the fifty parts
+    # of the held-out text is the usual test text; which is for validation nobody says: here the second, as large.
+    "one-billion-words": Text(
+        title="One Billion Words",
+        unit="word",
+        files=(
+            *(File(f"news.en-{i:05}-of-00100", "") for i in range(1, 100)),
+            File("news.en.heldout-00001-of-00050", ""),
+            File("news.en.heldout-00000-of-00050", ""),
+        ),
+        min_count=3,
+        sentences=True,
+        by_frequency=True,
+        archive=File(
+            _BILLION, _BILLION_SHA256, url=f"https://www.statmt.org/lm-benchmark/{_BILLION}", download=_BILLION_SHA256
+        ),
     ),
 }

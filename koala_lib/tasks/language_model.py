@@ -162,7 +162,7 @@ def windows(text: Tensor, columns: int, length: int, start: int = 0, *, whole: b
     """Cut a text into columns and these into windows, from window ``start`` on.
 
     Args:
-        text: tokens, ``(N,)``.
+        text: tokens, ``(N,)``, of any integer type.
         columns: rows of a window; each column of the text goes on in the same row of the next window.
         length: tokens in a row; the last window may be shorter.
         start: windows to leave out.
@@ -180,9 +180,12 @@ def windows(text: Tensor, columns: int, length: int, start: int = 0, *, whole: b
     """
     height = -(-(len(text) - 1) // columns)
     missing = height * columns - (len(text) - 1)
-    tokens = nn.functional.pad(text[:-1], (0, missing)).view(columns, height)
-    targets = nn.functional.pad(text[1:], (0, missing), value=-1).view(columns, height)
+    tokens, targets = text[:-1], text[1:]
+    if missing:  # never in training, where a copy of a large text would cost memory
+        tokens = nn.functional.pad(tokens, (0, missing))
+        targets = nn.functional.pad(targets, (0, missing), value=-1)
+    tokens, targets = tokens.view(columns, height), targets.view(columns, height)
     count = height // length if whole else -(-height // length)
     for k in range(start, count):
         part = slice(k * length, (k + 1) * length)
-        yield Window(tokens[:, part], targets[:, part], number=k)
+        yield Window(tokens[:, part].long(), targets[:, part].long(), number=k)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from koala_lib import bench_runs, data
+from koala_lib import bench_runs, data, nb
 from koala_lib.config import RunConfig
 from koala_lib.data.folders import FOLDERS, Photographs, RandomArea, centre_crop, listing, random_crop
 from koala_lib.train import train
@@ -307,3 +308,30 @@ def test_step_times_of_photographs_are_measured_on_random_pixels(photographs: Pa
         loaded = data.load("imagenet", device="cpu")
         assert loaded.train_images.shape == (5, 3, SIZE, SIZE)
         assert next(iter(batches(loaded)))[0].shape == (4, 3, SIZE, SIZE)
+
+
+# --- Table 1 of the APOLLO paper --------------------------------------------------------------------------------------
+
+
+def test_table1_trains_imagenet_as_released() -> None:
+    """README of the released code: ResNeXt-50, 120 epochs, batches of 256, a tenth after 40 and 80 or a cosine."""
+    grid = nb.grid_of(nb.all_notebooks()["apollo/20_table1_image_classification"], "paper")
+    runs = [c for c in grid if c.dataset == "imagenet"]
+    assert len(runs) == 60
+    assert {(c.model, c.epochs, c.batch_size, c.augment, c.train_size) for c in runs} == {
+        ("resnext50", 120, 256, True, None)
+    }
+    assert Counter((c.milestones, c.final_lr is None) for c in runs) == {((40, 80), True): 30, ((), False): 30}
+    rates = {(c.optimizer, dict(c.optimizer_args)["lr"], dict(c.optimizer_args)["weight_decay"]) for c in runs}
+    assert rates == {
+        ("sgd", 0.1, 1e-4),
+        ("adam", 1e-3, 0.1),
+        ("radam", 1e-3, 0.1),
+        ("adabelief", 1e-3, 0.1),
+        ("adahessian", 0.15, 1e-3),
+        ("apollo", 0.01, 1e-4),
+    }
+    assert {(c.optimizer, c.final_lr) for c in runs if not c.milestones} == {(o, lr / 1000) for o, lr, _ in rates}
+    assert {c.dataset: (c.model, c.batch_size) for c in grid if c.dataset != "imagenet"} == {
+        "cifar10": ("resnet110", 128)
+    }

@@ -31,6 +31,7 @@ VOCABULARY = {
     "one-billion-words": 793_471,  # as published
 }
 SENTENCE = 30  # tokens of a sentence, about the mean of WMT14 in 32 768 pieces of words
+FLIP = data.Augmentation(pad=0, flip=True)  # photographs are decoded and cropped beside the training step
 PROBE = 4  # samples of the first, short measurement
 
 
@@ -90,7 +91,7 @@ def random_data(size: int) -> Iterator[None]:
     """Every data set is so many samples of random content in its own shape."""
 
     def images(name: str, *, device: Any, **_: Any) -> data.ImageData:
-        row = data.DATASETS[name]
+        row = data.DATASETS.get(name) or data.FOLDERS[name]
         pixels = torch.randint(256, (size, *row.shape), dtype=torch.uint8, device=device)
         labels = torch.arange(size, device=device) % row.num_classes
         return data.ImageData(
@@ -101,7 +102,7 @@ def random_data(size: int) -> Iterator[None]:
             mean=torch.tensor(row.mean, device=device),
             std=torch.tensor(row.std, device=device),
             num_classes=row.num_classes,
-            augmentation=row.augmentation,
+            augmentation=row.augmentation if isinstance(row.augmentation, data.Augmentation) else FLIP,
             name=name,
             title=row.title,
             tag="",

@@ -25,7 +25,7 @@ WRAPPERS = ("", "lookahead", "swa", "switch")
 
 # The data sets and networks of each task.
 KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
-    "classification": (data.DATASETS, models.MODELS),
+    "classification": ({*data.DATASETS, *data.FOLDERS}, models.MODELS),
     "gan": (data.DATASETS, GANS),
     "language_model": (data.TEXTS, LANGUAGE_MODELS),
     "translation": (data.PAIRS, TRANSLATION_MODELS),
@@ -45,7 +45,7 @@ class RunConfig:
         task_args: options of the task.
         dataset: a data set of the task.
         train_size: size of a fixed class-balanced subset; ``None`` for all.
-        augment: random crop after padding by 4, and flips for natural images.
+        augment: random crop after padding by 4, and flips for natural images; of photographs a random area.
         model: a network of the task.
         model_args: its options, such as ``init``.
         optimizer: a name of :data:`koala_lib.optimizers.OPTIMIZERS` or of :data:`koala_lib.optimizers.OWN_FORWARD`.

@@ -25,6 +25,7 @@ SAMPLES = {
     "cifar10": 50_000,
     "cifar100": 50_000,
     "imagenet32": 1_281_167,
+    "imagenet": 1_281_167,
     "tinyshakespeare": 1_003_855,
     "wikitext-2": 2_088_628,
     "wikitext-2-valid": 195_881,

@@ -175,7 +175,8 @@ def test_a_broken_run_does_not_stop_the_others(trained: Trained, monkeypatch: py
         (["notebook", "koala/99"], "no notebook 'koala/99'"),
         (["notebook", "koala/20_tiny"], "-o OUTPUT.ipynb, or --in-place"),
         (["notebook", "koala/20_tiny", "-o", "x.html"], "expected a name that ends in .ipynb"),
-        (["data", "imagenet"], "imagenet"),
+        (["data", "imagenets"], "unknown data set 'imagenets'; did you mean 'imagenet'?"),
+        (["data", "imagenet"], "ImageNet (ILSVRC 2012) is not in"),
     ],
 )
 def test_bad_input_ends_with_one_sentence(trained: Trained, arguments: list[str], message: str) -> None:

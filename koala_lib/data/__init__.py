@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from koala_lib.data.files import Copy, contents, fetch, identity, row_of
+from koala_lib.data.files import Copy, contents, fetch, identity, row, row_of
+from koala_lib.data.folders import FOLDERS, Folders, Photographs, RandomArea, parts
 from koala_lib.data.formats import Array, DataError, Split, balanced_order
 from koala_lib.data.iteration import batches, epoch_generator, num_batches
 from koala_lib.data.pairs import PAIRS, Lines, Pairs, Sentences, learn, tokenized
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATASETS",
+    "FOLDERS",
     "PAIRS",
     "TEXTS",
     "Augmentation",
     "DataError",
     "ImageData",
     "PairData",
+    "Photographs",
+    "RandomArea",
     "Sentences",
     "TextData",
     "batches",
@@ -47,12 +51,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set on a device.
+    """A data set on a device; photographs in folders stay on the disk, with all else on the device.
 
     Attributes
     ----------
     train_images, test_images
-        uint8, ``(N, C, H, W)``, 0 to 255.
+        uint8, ``(N, C, H, W)``, 0 to 255; or photographs.
     train_labels, test_labels
         int64, ``(N,)``, from 0.
     mean, std
@@ -62,21 +66,21 @@ class ImageData:
     augmentation
         What "random crop and flip" means on this data set; for :func:`batches`.
     name, title
-        Name in :data:`DATASETS`, and the name to print.
+        Name in :data:`DATASETS` or :data:`FOLDERS`, and the name to print.
     tag
         Empty for verified data, else ``"unverified: content 1a2b3c4d"``, to be shown beside every result.
     identity
         See :func:`identity`; the same for every ``train_size``.
     """
 
-    train_images: Tensor
+    train_images: Tensor | Photographs
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | Photographs
     test_labels: Tensor
     mean: Tensor
     std: Tensor
     num_classes: int
-    augmentation: Augmentation
+    augmentation: Augmentation | RandomArea
     name: str
     title: str
     tag: str
@@ -95,7 +99,7 @@ def load(
     Parameters
     ----------
     name
-        A name in :data:`DATASETS`.
+        A name in :data:`DATASETS` or :data:`FOLDERS`.
     device
         Where all tensors go.
     train_size
@@ -118,21 +122,29 @@ def load(
     >>> digits.train_images.shape, len(digits.test_images)
     (torch.Size([1297, 1, 8, 8]), 500)
     """
-    dataset = row_of(name, Dataset)
+    dataset = row(name)
+    if not isinstance(dataset, Folders):
+        dataset = row_of(name, Dataset)
     copy = fetch(name, allow_unverified=allow_unverified)
-    train, test = _images(name, dataset, copy)
+    train: tuple[Tensor | Photographs, Tensor]
+    test: tuple[Tensor | Photographs, Tensor]
+    if isinstance(dataset, Folders):
+        train, test, num_classes = parts(dataset, copy.files[0])
+    else:
+        train, test = ((torch.from_numpy(x), torch.from_numpy(y)) for x, y in _images(name, dataset, copy))
+        num_classes = dataset.num_classes
     _check_train_size(train_size, len(train[1]), dataset.title)
     if train_size is not None:
-        chosen = np.sort(balanced_order(train[1])[:train_size])
+        chosen = torch.from_numpy(np.sort(balanced_order(train[1].numpy())[:train_size]))
         train = train[0][chosen], train[1][chosen]
     return ImageData(
-        train_images=torch.from_numpy(train[0]).to(device),
-        train_labels=torch.from_numpy(train[1]).to(device),
-        test_images=torch.from_numpy(test[0]).to(device),
-        test_labels=torch.from_numpy(test[1]).to(device),
+        train_images=train[0].to(device),
+        train_labels=train[1].to(device),
+        test_images=test[0].to(device),
+        test_labels=test[1].to(device),
         mean=torch.tensor(dataset.mean, device=device),
         std=torch.tensor(dataset.std, device=device),
-        num_classes=dataset.num_classes,
+        num_classes=num_classes,
         augmentation=dataset.augmentation,
         name=name,
         title=dataset.title,

@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from koala_lib import paths
+from koala_lib.data import folders
+from koala_lib.data.folders import FOLDERS, Folders
 from koala_lib.data.formats import Contents, DataError, reading
 from koala_lib.data.pairs import PAIRS, Pairs
 from koala_lib.data.registry import DATASETS, Dataset, File
 from koala_lib.data.text import TEXTS, Text
 
-Row = Dataset | Text | Pairs
+Filed = Dataset | Text | Pairs  # in files with published checksums
+Row = Filed | Folders
 Kind = TypeVar("Kind", Dataset, Text, Pairs)
+
+_ALLOW = "use it with --allow-unverified-data (KOALA_ALLOW_UNVERIFIED_DATA=1), and every result will say so"
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A verified or allowed copy of a data set: the archive or all content files, its identity and its tag."""
+    """A verified or allowed copy of a data set: its archive, content files or folder, its identity and its tag."""
 
     files: tuple[Path, ...]
     identity: str
@@ -36,7 +41,7 @@ class Copy:
 
 def row(name: str) -> Row:
     """Return the row of one of the registries, or raise ``ValueError`` with the nearest known name."""
-    rows: dict[str, Row] = {**DATASETS, **TEXTS, **PAIRS}
+    rows: dict[str, Row] = {**DATASETS, **FOLDERS, **TEXTS, **PAIRS}
     if name not in rows:
         near = difflib.get_close_matches(name, rows, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown data set {name!r}; did you mean {near!r}? Known: {', '.join(rows)}")
@@ -51,17 +56,24 @@ def row_of(name: str, kind: type[Kind]) -> Kind:
     return found
 
 
+def _filed(name: str) -> Filed:
+    found = row(name)
+    assert not isinstance(found, Folders)
+    return found
+
+
 def identity(name: str, *, allow_unverified: bool | None = None) -> str:
     """Return what identifies the content of a data set: 64 hexadecimal digits, part of the key of every run.
 
     It is the SHA-256 of the published checksums of its files, and so a constant that needs no data. Only where
     unverified data are allowed, and an unverified copy is found, that copy's files are hashed instead; and files
-    without a published checksum, because each version of their package has its own, always are.
+    without a published checksum, because each version of their package has its own, always are. Of photographs in
+    folders the numbers, names and sizes are hashed, where they are found.
 
     Parameters
     ----------
     name
-        A name in :data:`DATASETS`, :data:`TEXTS` or :data:`PAIRS`.
+        A name in :data:`DATASETS`, :data:`FOLDERS`, :data:`TEXTS` or :data:`PAIRS`.
     allow_unverified
         As in :func:`koala_lib.data.load`.
 
@@ -73,13 +85,20 @@ def identity(name: str, *, allow_unverified: bool | None = None) -> str:
         If a file of an unverified copy cannot be read.
     """
     dataset, may_differ = row(name), allowed(allow_unverified)
+    if isinstance(dataset, Folders):
+        root = _root(name)
+        if root is None or (not may_differ and folders.difference(dataset, root)):
+            return _manifest(
+                name, [f"{part} {count}" for part, count in zip(folders.PARTS, dataset.counts, strict=True)]
+            )
+        return _manifest(name, folders.content(root))
     published = all(file.digest for file in _identifying(dataset))
     if (published and not may_differ) or (found := find(name)) is None:
         return _manifest(name, [f"{f.name} {f.digest}" for f in _identifying(dataset)])
     return checked(name, found, allow_unverified=may_differ).identity
 
 
-def _identifying(dataset: Row) -> tuple[File, ...]:
+def _identifying(dataset: Filed) -> tuple[File, ...]:
     """The content files; where these have no published checksums, but their archive has, the archive."""
     if dataset.archive and not all(file.digest for file in dataset.files):
         return (dataset.archive,)
@@ -99,7 +118,8 @@ def fetch(name: str, *, allow_unverified: bool | None = None) -> Copy:
         If the data set is neither found nor can be downloaded, or its checksum is not the published one and
         ``allow_unverified`` (default: whether the environment has ``KOALA_ALLOW_UNVERIFIED_DATA=1``) is not given.
     """
-    row(name)
+    if isinstance(dataset := row(name), Folders):
+        return _checked_folders(name, dataset, may_differ=allowed(allow_unverified))
     found = find(name)
     if found is None:
         _download(name)
@@ -115,7 +135,7 @@ def allowed(allow_unverified: bool | None) -> bool:
 
 def find(name: str) -> tuple[Path, ...] | None:
     """Return the archive or all content files in the first folder that has them."""
-    dataset = row(name)
+    dataset = _filed(name)
     for folder in paths.data_dirs():
         # A folder named after the data set comes first: MNIST and Fashion-MNIST use the same file names.
         places = [folder / sub for sub in (name, *dataset.folders, "")]
@@ -143,7 +163,7 @@ def _shipped(file: File) -> Path:
 
 def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Copy:
     """Compare checksums before anything is parsed."""
-    dataset = row(name)
+    dataset = _filed(name)
     expected = (dataset.archive,) if dataset.archive and found[0].name == dataset.archive.name else dataset.files
     for path, file in zip(found, expected, strict=True):
         kind, digest = (file.digest or "sha256:").split(":")
@@ -156,10 +176,33 @@ def checked(name: str, found: tuple[Path, ...], *, allow_unverified: bool) -> Co
     if not allow_unverified:
         raise DataError(
             f"{path} is not the published file of {dataset.title} ({kind} {actual}, expected {digest}): replace it, or "
-            "use it with --allow-unverified-data (KOALA_ALLOW_UNVERIFIED_DATA=1), and every result will say so"
+            f"{_ALLOW}"
         )
     content = _manifest(name, [f"{p.name.removesuffix('.gz')} sha256:{_digest(p, 'sha256')}" for p in found])
     return Copy(found, content, tag=f"unverified: content {content[:8]}")
+
+
+def _root(name: str) -> Path | None:
+    """Return the first folder that has photographs for training and for tests."""
+    roots = [folder / name for folder in paths.data_dirs()]
+    return next((root for root in roots if all((root / part).is_dir() for part in folders.PARTS)), None)
+
+
+def _checked_folders(name: str, dataset: Folders, *, may_differ: bool) -> Copy:
+    """Compare the numbers of images and classes; nobody publishes more of them."""
+    root = _root(name)
+    if root is None:
+        looked = " and ".join(str(p) for p in paths.data_dirs())
+        raise DataError(
+            f"{dataset.title} is not in {looked}: get it from {dataset.source}, unpack it as {name}/train/CLASS/*.JPEG "
+            f"and {name}/val/CLASS/*.JPEG, and name the folder that holds {name} in KOALA_DATA"
+        )
+    content = _manifest(name, folders.content(root))
+    if differs := folders.difference(dataset, root):
+        if not may_differ:
+            raise DataError(f"{differs}: complete it, or {_ALLOW}")
+        return Copy((root,), content, tag=f"unverified: content {content[:8]}")
+    return Copy((root,), content, tag="")
 
 
 def _manifest(name: str, lines: list[str]) -> str:
@@ -189,7 +232,7 @@ def contents(name: str, copy: Copy) -> Contents:
 
     Those of a text's archive come in the order of the archive, so that one at a time is in memory.
     """
-    dataset = row(name)
+    dataset = _filed(name)
     if dataset.archive and copy.files[0].name == dataset.archive.name:
         names = [file.name for file in dataset.files]
         members = _members(copy.files[0], names)
@@ -218,7 +261,7 @@ def _members(archive: Path, names: list[str]) -> Iterator[tuple[str, bytes]]:
 
 def _download(name: str) -> None:
     """Download to ``data/raw/<name>``; whatever goes wrong becomes one sentence with what to do."""
-    dataset = row(name)
+    dataset = _filed(name)
     wanted = [dataset.archive] if dataset.archive else [f for f in dataset.files if not f.package]
     what = ", ".join(f.name for f in wanted) if len(wanted) < 5 else f"{wanted[0].name} … {wanted[-1].name}"
     looked = " and ".join(str(p) for p in paths.data_dirs())

@@ -1,4 +1,4 @@
-"""Batches of a data set that lies on the device, shuffled and augmented there."""
+"""Batches of a data set: shuffled and augmented on the device, or decoded from photographs on a disk."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from koala_lib.data.folders import Photographs, RandomArea
 from koala_lib.data.registry import Augmentation
 
 
@@ -28,27 +29,27 @@ def num_batches(size: int, batch_size: int, *, drop_last: bool = False) -> int:
 
 
 def batches(
-    images: Tensor,
+    images: Tensor | Photographs,
     labels: Tensor,
     batch_size: int,
     *,
     mean: Tensor,
     std: Tensor,
     generator: torch.Generator | None = None,
-    augment: Augmentation | None = None,
+    augment: Augmentation | RandomArea | None = None,
     drop_last: bool = False,
     start: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over one epoch.
 
     Order, crops and flips of the whole epoch are drawn here, at once, and moved to the device; after that a batch
-    needs no transfer and no synchronisation. Hence batch k does not depend on ``start``: a resumed epoch goes on with
-    the very batches it would have had.
+    needs no transfer and no synchronisation. Photographs have a seed each instead, for the process that decodes them.
+    Hence batch k does not depend on ``start``: a resumed epoch goes on with the very batches it would have had.
 
     Parameters
     ----------
     images, labels
-        uint8 ``(N, C, H, W)`` and ``(N,)``, on the device.
+        uint8 ``(N, C, H, W)`` on the device, or photographs; and ``(N,)``, on the device.
     batch_size
         Images in a batch.
     mean, std
@@ -56,7 +57,8 @@ def batches(
     generator
         Source of all randomness, see :func:`epoch_generator`. ``None``: in order.
     augment
-        Crop and flip, see :class:`Augmentation`; needs a generator. ``None``: images as they are.
+        Crop and flip, see :class:`Augmentation`, of photographs :class:`RandomArea`; needs a generator. ``None``:
+        images as they are, of photographs the centres.
     drop_last
         Leave out an incomplete last batch.
     start
@@ -70,7 +72,10 @@ def batches(
     Raises
     ------
     ValueError
-        If there would be no batch, ``start`` is outside the epoch, or ``augment`` comes without a generator.
+        If there would be no batch, ``start`` is outside the epoch, or ``augment`` comes without a generator or is that
+        of the other kind of images.
+    DataError
+        If a photograph cannot be read.
     """
     count = num_batches(len(images), batch_size, drop_last=drop_last) if batch_size > 0 else 0
     if count == 0:
@@ -79,25 +84,37 @@ def batches(
         raise ValueError(f"start must be between 0 and the number of batches, {count}, got {start}")
     if augment is not None and generator is None:
         raise ValueError("augment needs a generator")
-    device, channels = images.device, (1, -1, 1, 1)
+    if augment is not None and isinstance(images, Photographs) != isinstance(augment, RandomArea):
+        raise ValueError(f"these images cannot be augmented by {augment}")
+    device, channels = labels.device, (1, -1, 1, 1)
     scale = (1 / (255 * std)).to(device).view(channels)
     shift = (-mean / std).to(device).view(channels)
-    order = crops = None
-    if generator is not None:
-        order = torch.randperm(len(images), generator=generator, device=generator.device).to(device)
-        if augment is not None:
-            crops = _draw(len(images), augment, generator).to(device)
+    order = None if generator is None else torch.randperm(len(images), generator=generator, device=generator.device)
+    chunks = [slice(k * batch_size, min((k + 1) * batch_size, len(images))) for k in range(start, count)]
+    if isinstance(images, Photographs):
+        numbers = torch.arange(len(images)) if order is None else order
+        random = None
+        if isinstance(augment, RandomArea):
+            random = augment, torch.randint(2**32, (len(images),), generator=generator)
+        pixels = images.decoded([numbers[chunk] for chunk in chunks], random, pin_memory=device.type == "cuda")
+    else:
+        crops = None
+        if isinstance(augment, Augmentation) and generator is not None:
+            crops = augment.pad, _draw(len(images), augment, generator).to(device)
+        pixels = _pixels(images, chunks, None if order is None else order.to(device), crops)
+    shuffled = labels if order is None else labels[order.to(device)]
+    return (
+        (x.to(device, scale.dtype, non_blocking=True).mul_(scale).add_(shift), shuffled[chunk])
+        for x, chunk in zip(pixels, chunks, strict=True)
+    )
 
-    def iterate() -> Iterator[tuple[Tensor, Tensor]]:
-        for k in range(start, count):
-            chosen = slice(k * batch_size, (k + 1) * batch_size)
-            index = chosen if order is None else order[chosen]
-            x = images[index]
-            if augment is not None and crops is not None:
-                x = _crop(x, crops[:, chosen], augment.pad)
-            yield x.to(scale.dtype).mul_(scale).add_(shift), labels[index]
 
-    return iterate()
+def _pixels(
+    images: Tensor, chunks: list[slice], order: Tensor | None, crops: tuple[int, Tensor] | None
+) -> Iterator[Tensor]:
+    for chunk in chunks:
+        x = images[chunk if order is None else order[chunk]]
+        yield x if crops is None else _crop(x, crops[1][:, chunk], crops[0])
 
 
 def _draw(count: int, augment: Augmentation, generator: torch.Generator) -> Tensor:

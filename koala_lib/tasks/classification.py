@@ -16,12 +16,14 @@ from koala_lib.moments import sample_moments
 from koala_lib.tasks._base import Task, autocast
 
 Batch = tuple[Tensor, Tensor]
+Labelled = tuple[Tensor | data.Photographs, Tensor]
 
 CHUNK = 500  # test images at a time; with 1000 small ResNets take half as long again on a CPU
 
 
 class Classification(Task):
-    """Cross-entropy on images and labels. The data set lies on the device and is augmented there.
+    """Cross-entropy on images and labels. The data set lies on the device and is augmented there,
+    unless it is photographs.
 
     Test metrics are ``test_loss`` (nats), ``test_error`` and ``test_error_top5`` (%); with a validation set the same
     with ``validation_`` come after them.
@@ -126,7 +128,7 @@ class Classification(Task):
         return {"curvature": along / square, "gradient_variance": float(moments.gradient_variance)}
 
 
-def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Batch]:
+def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Labelled]:
     """The data set without ``size`` class-balanced samples of its training set, and those."""
     images, labels = dataset.train_images, dataset.train_labels
     if size >= len(labels):

@@ -53,7 +53,7 @@ TRAINED: dict[str, Factory] = {
     "Adam": lambda p: torch.optim.Adam(p, 1e-9, weight_decay=5e-4, fused=True),
     "KOALA-V": lambda p: KoalaV(p, 1e-9, weight_decay=5e-4, formulas="released"),
     "KOALA-M": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
-    "KOALA-M, compiled": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released", fused=True),
+    "KOALA-M, compiled": bench_fused.FUSED["KOALA-M, released, compiled"],
 }
 
 
@@ -355,22 +355,20 @@ def _show(section: str, rows: list[Row]) -> None:
         frame = (
             frame.groupby(["network", "batch_size", "optimizer"], sort=False)[["ms", "ratio"]].median().reset_index()
         )
+    if section == "sweep":
+        print("ms a step, median of the repetitions")
+        print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())
+        for name in frame["optimizer"].unique():
+            print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))
+        return
+    print(frame.round(3).to_string(index=False))
     if section == "step":
         from koala_lib import plots
 
-        print(frame.round(3).to_string(index=False))
         print("\ngoals\n" + pd.DataFrame(bench_fused.goals(rows)).round(2).to_string(index=False))
         origin = {"notebook": "koala/27_cost", "preset": "desktop", "runs": []}  # which shows the same figure
         print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala_cost_compiled", origin))
-        return
-    if section != "sweep":
-        print(frame.round(3).to_string(index=False))
-        for row in rows if section == "training_step" else ():
-            if row["optimizer"] in bench_fused.FUSED:
-                over, limit = row["overhead_percent"], bench_fused.OVERHEAD
-                print(f"{row['optimizer']}: goal {limit:g} % over SGD, measured {over:.1f} %, met: {over <= limit}")
-        return
-    print("ms a step, median of the repetitions")
-    print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())
-    for name in frame["optimizer"].unique():
-        print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))
+    for row in rows if section == "training_step" else ():
+        if row["optimizer"] in bench_fused.FUSED:
+            over, limit = row["overhead_percent"], bench_fused.OVERHEAD
+            print(f"{row['optimizer']}: goal {limit:g} % over SGD, measured {over:.1f} %, met: {over <= limit}")

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -95,10 +95,19 @@ class Listing:
     files: Array  # bytes, (N,): a million of Python's strings would be copied into every process that decodes
     sizes: Array  # int64, (N,)
 
+    @cached_property  # of a million names, asked for with the key of every run
     def classes(self) -> tuple[list[str], Array]:
-        """Return the names of the classes, and of each file the number of its class, int64 ``(N,)``."""
+        """The names of the classes, and of each file the number of its class, int64 ``(N,)``."""
         names, numbers = np.unique([file.split(b"/", 1)[0] for file in self.files.tolist()], return_inverse=True)
         return [os.fsdecode(name) for name in names.tolist()], numbers.astype(np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of names and sizes."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.files.tolist(), self.sizes.tolist(), strict=True):
+            digest.update(b"%s %d\n" % (name, size))
+        return digest.hexdigest()
 
 
 @lru_cache(maxsize=2)  # a million files take some seconds, or minutes on a shared file system: once a process
@@ -121,20 +130,15 @@ def content(root: Path) -> list[str]:
 
     Not of their content: reading 150 GB would take longer than many a run. A copy with scaled images has other sizes.
     """
-    lines = []
-    for part in PARTS:
-        found, digest = listing(root / part), hashlib.sha256()
-        for name, size in zip(found.files.tolist(), found.sizes.tolist(), strict=True):
-            digest.update(b"%s %d\n" % (name, size))
-        lines.append(f"{part} {len(found.files)} sha256:{digest.hexdigest()}")
-    return lines
+    found = {part: listing(root / part) for part in PARTS}
+    return [f"{part} {len(images.files)} sha256:{images.digest}" for part, images in found.items()]
 
 
 def difference(row: Folders, root: Path) -> str:
     """Return in what a copy differs from the official numbers of images and classes; empty if in nothing."""
     for part, count in zip(PARTS, row.counts, strict=True):
         found = listing(root / part)
-        classes = len(found.classes()[0])
+        classes = len(found.classes[0])
         if (len(found.files), classes) != (count, row.num_classes):
             return (
                 f"{root / part} has {len(found.files)} images in {classes} folders, expected {count} in "
@@ -146,7 +150,7 @@ def difference(row: Folders, root: Path) -> str:
 def parts(row: Folders, root: Path) -> tuple[Labelled, Labelled, int]:
     """Return images and labels for training and for tests, and the number of classes."""
     train, test = (listing(root / part) for part in PARTS)
-    (classes, labels), (others, test_labels) = train.classes(), test.classes()
+    (classes, labels), (others, test_labels) = train.classes, test.classes
     if classes != others:
         odd = min(set(classes) ^ set(others))
         raise DataError(f"only one of {train.root} and {test.root} has images in a folder {odd}: each class needs both")

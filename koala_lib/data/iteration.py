@@ -90,6 +90,7 @@ def batches(
     scale = (1 / (255 * std)).to(device).view(channels)
     shift = (-mean / std).to(device).view(channels)
     order = None if generator is None else torch.randperm(len(images), generator=generator, device=generator.device)
+    placed = None if order is None else order.to(device)
     chunks = [slice(k * batch_size, min((k + 1) * batch_size, len(images))) for k in range(start, count)]
     if isinstance(images, Photographs):
         numbers = torch.arange(len(images)) if order is None else order
@@ -101,8 +102,8 @@ def batches(
         crops = None
         if isinstance(augment, Augmentation) and generator is not None:
             crops = augment.pad, _draw(len(images), augment, generator).to(device)
-        pixels = _pixels(images, chunks, None if order is None else order.to(device), crops)
-    shuffled = labels if order is None else labels[order.to(device)]
+        pixels = _pixels(images, chunks, placed, crops)
+    shuffled = labels if placed is None else labels[placed]
     return (
         (x.to(device, scale.dtype, non_blocking=True).mul_(scale).add_(shift), shuffled[chunk])
         for x, chunk in zip(pixels, chunks, strict=True)

@@ -94,10 +94,19 @@ def _correct(
 # ---- the optimizers ----------------------------------------------------------------------------------------------
 
 
+class _Bucket(NamedTuple):
+    """Tensors that are treated at once, and what of them and of their gradients lies on this rank."""
+
+    params: list[Tensor]
+    weights: list[Tensor]
+    grads: list[Tensor]
+
+
 class _Blocks(NamedTuple):
-    """What one param group observed; one entry per tensor that has a gradient."""
+    """What one param group observed; one entry per tensor that has a gradient, in the order of the buckets."""
 
     group: dict[str, Any]
+    buckets: list[_Bucket]
     params: list[Tensor]
     raw: Tensor  # |g_i|^2
     decayed: Tensor  # |h_i|^2
@@ -165,28 +174,34 @@ class _Koala(LossFilter):
     # -- time update -----------------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
-        options, entries = self._options, self._entries()
-        q, beta = entries["process_noise"], options["noise_decay"]
-        adaptive = options["process_noise"] is None
+        entries, drift = self._entries(), self._advance_weights()
+        if drift is not None:  # q_x^2 of eqs. 23 and 24, or the released smoothed |x - x_avg| / n (released row 1)
+            q, n = entries["process_noise"], sum(p.numel() for group in self.param_groups for p in group["params"])
+            beta = self._options["noise_decay"]
+            estimate = kalman.running_average(q, drift.sqrt() / n, beta) if self._released else drift / n
+            entries["process_noise"] = estimate
+        entries |= self._predict_covariance(entries)
+        self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
+
+    def _advance_weights(self) -> Tensor | None:
+        """Move what has a velocity; |x_{k-1} - x_avg|^2, where the process noise is estimated from it."""
+        options, adaptive = self._options, self._options["process_noise"] is None
+        if not self.has_velocity and not adaptive:
+            return None
         params = [p for group in self.param_groups for p in group["params"]]
-        drift = torch.zeros_like(q)  # |x_{k-1} - x_avg|^2
         kappa = options["momentum"] if self.has_velocity else 0.0
-        weight = 0.0 if self._released else 1 - beta  # the released code averages after the update (released row 2)
-        for bucket in self._buckets(params) if self.has_velocity or adaptive else ():
+        weight = 0.0 if self._released else 1 - options["noise_decay"]  # released row 2: after the update
+        drift = torch.zeros_like(self._filter()[0])
+        for bucket in self._buckets(params):
             velocities = self._kept(bucket, "velocity", self.has_velocity)
             averages = self._kept(bucket, "average", adaptive)
             drifts = _advance(local(bucket), velocities, averages, kappa, weight, fused=options["fused"])
             if adaptive:
                 for squared, shards in zip(drifts.to(drift.device).unbind(), shard_counts(bucket), strict=True):
                     drift.add_(squared, alpha=shards)
-        if adaptive and any(map(is_sharded, params)):
-            drift = mean_over_ranks(drift, self._rank_groups())
-        if adaptive:  # q_x^2 of eqs. 23 and 24, or the released code's smoothed |x - x_avg| / n (released row 1)
-            n = sum(p.numel() for p in params)
-            estimate = kalman.running_average(q, drift.sqrt() / n, beta) if self._released else drift / n
-            entries["process_noise"] = estimate
-        entries |= self._predict_covariance(entries)
-        self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
+        if not adaptive:
+            return None
+        return mean_over_ranks(drift, self._rank_groups()) if any(map(is_sharded, params)) else drift
 
     def _kept(self, params: list[Tensor], name: str, exists: bool) -> list[Tensor]:
         return local(self.state[p][name] for p in params) if exists else []
@@ -241,14 +256,11 @@ class _Koala(LossFilter):
         params = [p for p in group["params"] if p.grad is not None]
         check_dense(type(self).__name__, params)
         weight_decay, entries = group["weight_decay"], self._filter()
-        listed = list(self._buckets(params))
-        norms = [
-            _observe(local(bucket), local_gradients(bucket), weight_decay, fused=self._options["fused"])
-            for bucket in listed
-        ]
+        buckets = [_Bucket(ps, local(ps), local_gradients(ps)) for ps in self._buckets(params)]
+        norms = [_observe(b.weights, b.grads, weight_decay, fused=self._options["fused"]) for b in buckets]
         g2, h2, x2 = torch.cat([n.to(entries.device) for n in norms], 1) if norms else entries.new_zeros(3, 0)
-        ordered = [p for bucket in listed for p in bucket]
-        return _Blocks(group, ordered, g2, h2, weight_decay / 2 * x2)
+        ordered = [p for bucket in buckets for p in bucket.params]
+        return _Blocks(group, buckets, ordered, g2, h2, weight_decay / 2 * x2)
 
     def _rank_groups(self) -> list[Any]:
         """The process groups whose ranks keep one filter."""
@@ -276,14 +288,14 @@ class _Koala(LossFilter):
         weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
         velocity_step = entries["covariance"] * step if self.has_velocity else torch.zeros_like(step)
         factors = torch.stack([entries["variance"] * step, velocity_step, weights])
-        listed = list(self._buckets(blocks.params))
-        for params, of_bucket in zip(listed, torch.split(factors, [len(ps) for ps in listed], 1), strict=True):
-            device = params[0].device
+        sizes = [len(bucket.params) for bucket in blocks.buckets]
+        for bucket, of_bucket in zip(blocks.buckets, torch.split(factors, sizes, 1), strict=True):
+            device = bucket.params[0].device
             _correct(
-                local(params),
-                self._kept(params, "velocity", self.has_velocity),
-                self._kept(params, "average", averaging),
-                local_gradients(params),
+                bucket.weights,
+                self._kept(bucket.params, "velocity", self.has_velocity),
+                self._kept(bucket.params, "average", averaging),
+                bucket.grads,
                 weight_decay,
                 usable.any().to(device),
                 *of_bucket.to(device).unbind(),

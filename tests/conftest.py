@@ -49,7 +49,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (_lists, _fused):
         monkeypatch.setattr(module, "LONG", 12)
     for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
-        monkeypatch.setattr(step, "_compiled", {})
+        monkeypatch.setattr(step, "_compiled", None)
 
 
 @pytest.fixture

@@ -59,11 +59,11 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
     params[0].grad = torch.randn_like(params[0])
     call = Pass._call_compiled
 
-    def counted(self: Any, size: str, converted: list[Any], *rest: Any) -> Any:
+    def counted(self: Any, converted: list[Any], *rest: Any) -> Any:
         nonlocal moved
         tensors = [ts[0] for ts in converted if isinstance(ts, list) and ts]  # the others fill the lists
         before = [t.clone() for t in tensors]
-        result = call(self, size, converted, *rest)
+        result = call(self, converted, *rest)
         unread = self is apollo._observe  # the weights, without a decay in the gradient
         written = sum(not torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
         moved += len(tensors) - unread + written

@@ -2,7 +2,7 @@
 
 A compiled pass reads and writes every number once. It gets vectors, so that another shape compiles nothing; numbers
 other than 0 as 0-dim tensors, so that another value compiles nothing; and lists of fixed length, filled up with vectors
-that nobody looks at. The lists are of short tensors or of long ones, which have kernels of their own.
+that nobody looks at. Tensors so small that the call would cost more than their numbers are treated by foreach.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.fx.experimental import _config as symbols
 from torch.utils._pytree import tree_map_only
 
-from koala_lib.optim._lists import LONG, SLOTS, channels_last, flat, scalar_dtype
+from koala_lib.optim._lists import LONG, SLOTS, flat, memory_format, scalar_dtype
 
-OPTIONS: dict[str, Any] = {"short": {"cpp.threads": 1}, "long": None}  # a second thread does not pay for so little
 # Kinds of calls in one process, each with code of its own; without this argument of newer versions torch keeps 8.
 VARIANTS: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
 
@@ -37,22 +36,21 @@ class Pass:
     def __init__(self, function: Callable[..., Any]) -> None:
         update_wrapper(self, function)
         self._function = function
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: Callable[..., Any] | None = None
 
     def __call__(self, params: list[Tensor], *arguments: Any, fused: bool | None = False) -> Any:
         if fused and Pass.compiler_works is not False and not torch.compiler.is_compiling():
-            size = "long" if params[0].numel() >= LONG else "short"
-            converted = vectors(params, arguments, size)
+            converted = vectors(params, arguments)
             if converted is not None:
-                return self._call_compiled(size, converted, params, arguments)
+                return self._call_compiled(converted, params, arguments)
         return self._function(params, *arguments)
 
-    def _call_compiled(self, size: str, converted: list[Any], params: list[Tensor], arguments: tuple[Any, ...]) -> Any:
+    def _call_compiled(self, converted: list[Any], params: list[Tensor], arguments: tuple[Any, ...]) -> Any:
         before, symbols.use_duck_shape = symbols.use_duck_shape, False  # two equal shapes say nothing about the next
         try:
-            if size not in self._compiled:  # importing the compiler takes a while
-                self._compiled[size] = torch.compile(self._function, dynamic=True, options=OPTIONS[size], **VARIANTS)
-            result = self._compiled[size](*converted)
+            if self._compiled is None:  # importing the compiler takes a while
+                self._compiled = torch.compile(self._function, dynamic=True, **VARIANTS)
+            result = self._compiled(*converted)
         except Exception as error:  # before anything has moved
             if Pass.compiler_works:
                 raise
@@ -63,17 +61,16 @@ class Pass:
             symbols.use_duck_shape = before
         Pass.compiler_works = True
         n = len(params)
-        return result if n == SLOTS[size] else tree_map_only(Tensor, lambda t: t[..., :n], result)
+        return result if n == SLOTS else tree_map_only(Tensor, lambda t: t[..., :n], result)
 
 
-def vectors(params: list[Tensor], arguments: tuple[Any, ...], size: str) -> list[Any] | None:
-    """The arguments of a compiled call; ``None`` for tensors that are not of that size or no dense memory, or that lie
-    otherwise than their weights."""
-    n, device, empty = len(params), params[0].device, SLOTS[size] - len(params)
-    shortest, longest = min(p.numel() for p in params), max(p.numel() for p in params)
-    if empty < 0 or (shortest < LONG if size == "long" else shortest < 2 or longest >= LONG or device.type != "cpu"):
+def vectors(params: list[Tensor], arguments: tuple[Any, ...]) -> list[Any] | None:
+    """The arguments of a compiled call; ``None`` for tensors that are short or no dense memory, or that lie otherwise
+    than their weights."""
+    n, device, empty = len(params), params[0].device, SLOTS - len(params)
+    if empty < 0 or any(p.numel() < LONG for p in params):
         return None
-    last = [channels_last(p) for p in params]
+    orders = [memory_format(p) for p in params]
     converted: list[Any] = []
     for argument in (params, *arguments):
         if isinstance(argument, float) and argument:
@@ -81,16 +78,16 @@ def vectors(params: list[Tensor], arguments: tuple[Any, ...], size: str) -> list
         elif isinstance(argument, Tensor):
             argument = torch.nn.functional.pad(argument, (0, empty)) if argument.dim() and empty else argument.clone()
         elif isinstance(argument, list) and argument:
-            flattened = [flat(t) if channels_last(t) == of_x else None for t, of_x in zip(argument, last, strict=True)]
+            flattened = [flat(t, order) for t, order in zip(argument, orders, strict=True)]
             if any(vector is None for vector in flattened):
                 return None
-            kind = (argument[0].dtype, device, LONG if size == "long" else 2)
-            argument = flattened + [_filling(len(converted), slot, *kind) for slot in range(n, SLOTS[size])]
+            dtype = argument[0].dtype
+            argument = flattened + [_filling(len(converted), slot, LONG, dtype, device) for slot in range(n, SLOTS)]
         converted.append(argument)
     return converted
 
 
 @cache
-def _filling(argument: int, slot: int, dtype: torch.dtype, device: torch.device, size: int) -> Tensor:
+def _filling(argument: int, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What fills an empty slot of an argument; no two share memory."""
     return torch.zeros(size, dtype=dtype, device=device)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
 
+from koala_lib.optim._sharded import shard_counts
+
 HALF = (torch.float16, torch.bfloat16)
 LARGE = 2**16  # elements from which a tensor is treated alone
-LONG = 4097  # elements from which torch 2.13 compiles sums that add up parts, and so other code
-SLOTS = {"short": 8, "long": 4}  # tensors in the lists that are compiled: more save calls, fewer compile sooner
+LONG = 2**14  # elements from which a tensor is worth its part of a compiled call; from 4097 on torch sums by parts
+SLOTS = 8  # tensors in the lists that are compiled: more save calls, fewer compile sooner
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
@@ -18,17 +21,18 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def channels_last(t: Tensor) -> bool:
-    """Whether a batch of images, or the weights of a convolution, have the channels together in memory."""
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+def memory_format(t: Tensor) -> torch.memory_format:
+    """Channels last for a batch of images, or the weights of a convolution, with the channels together in memory."""
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
-def flat(t: Tensor) -> Tensor | None:
-    """All elements of a dense tensor as a vector in the order of the memory; ``None`` for other tensors."""
-    if channels_last(t):
-        t = t.permute(0, 2, 3, 1)
+def flat(t: Tensor, order: torch.memory_format) -> Tensor | None:
+    """All elements of a tensor as a vector, if that is how they lie in memory in this order; ``None`` if not."""
+    if not t.is_contiguous(memory_format=order):
+        return None
     # .data forgets which tensor this is a view of, on whose shape compiled code would depend.
-    return t.view(-1).data if t.is_contiguous() else None
+    return t.as_strided((t.numel(),), (1,)).data
 
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -52,7 +56,9 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _squared_norms_cpu(tensors: Sequence[Tensor], dtype: torch.dtype, row: int = 1024) -> list[Tensor]:
     # torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows,
     # added in float64, cost the same and are good to 1e-6. (Other layouts: below LARGE a norm in float64 is as fast.)
-    vectors = [flat(t) if t.numel() > (row if t.is_contiguous() else LARGE) else None for t in tensors]
+    vectors = [
+        flat(t, memory_format(t)) if t.numel() > (row if t.is_contiguous() else LARGE) else None for t in tensors
+    ]
     wholes = [None if v is None else v[: v.numel() // row * row] for v in vectors]
     short = [t if v is None else v[v.numel() // row * row :] for t, v in zip(tensors, vectors, strict=True)]
     squared = torch.stack(torch._foreach_norm(short, 2, dtype=torch.float64)).square().unbind()
@@ -89,15 +95,14 @@ def buckets(
     """Lists of parameters to treat at once, of one device and dtype.
 
     A single tensor without ``foreach``. By default all of them on CUDA; elsewhere small ones, up to ``much``
-    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` lists as
-    they are compiled: short tensors, on the CPU, and long ones.
+    elements together, which saves calls, and large ones alone, which saves memory. With ``fused`` long ones first,
+    in lists as they are compiled.
     """
-    if fused:
-        short = [p for p in params if 1 < p.numel() < LONG and p.device.type == "cpu"]
-        for size, listed in (("long", [p for p in params if p.numel() >= LONG]), ("short", short)):
-            for kind in _kinds(listed):
-                yield from (kind[i : i + SLOTS[size]] for i in range(0, len(kind), SLOTS[size]))
-        params = [p for p in params if p.numel() <= 1 or (p.numel() < LONG and p.device.type != "cpu")]
+    if fused:  # as long as a shard is on the average, so that all ranks make the same lists
+        long = [p.numel() >= LONG * cut for p, cut in zip(params, shard_counts(params), strict=True)]
+        for kind in _kinds(list(compress(params, long))):
+            yield from (kind[i : i + SLOTS] for i in range(0, len(kind), SLOTS))
+        params = [p for p, compiled in zip(params, long, strict=True) if not compiled]
     if foreach is False:
         yield from ([p] for p in params)
     elif foreach or (params and params[0].device.type == "cuda"):

@@ -12,7 +12,7 @@ from koala_lib.optim._sharded import shard_counts
 
 HALF = (torch.float16, torch.bfloat16)
 LARGE = 2**16  # elements from which a tensor is treated alone
-LONG = 2**14  # elements from which a tensor is worth its part of a compiled call; from 4097 on torch sums by parts
+LONG = 4097  # elements from which torch 2.13 compiles sums that add up parts; smaller tensors are not worth a call
 SLOTS = 8  # tensors in the lists that are compiled: more save calls, fewer compile sooner
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from guards import NoHostReads
+from guards import NoHostReads, NoTransfers
 from optimizers import (
     Case,
     Net,
@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from koala_lib import KoalaM
 from koala_lib.optim._lists import squared_norms
+from koala_lib.optim._sharded import times_shards
 
 # --- precision --------------------------------------------------------------------------------------------
 
@@ -133,6 +134,39 @@ def test_a_step_reads_nothing_back(case: Case, lr: Any) -> None:
         advance(net, optimizer, range(3))
         net.out.grad = None
         optimizer.step(lambda: losses_of(net, 3) * torch.nan)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda: torch.where(torch.ones(2, device="meta") > 0, torch.ones(2, device="meta"), torch.ones(())),
+        lambda: torch.ones(2).to("meta"),
+        lambda: torch.ones(2).new_tensor([1.0]),
+    ],
+    ids=["a number where it is copied", "a tensor", "numbers"],
+)
+def test_the_guard_sees_transfers(move: Callable[[], Any]) -> None:
+    with NoTransfers(), pytest.raises(AssertionError, match=r"host|between"):
+        move()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@each_case
+def test_a_step_copies_nothing_from_or_to_the_host(case: Case, lr: Any, device: str) -> None:
+    params = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((3, 4), ())]
+    optimizer = case(params, lr=lr)
+    with NoTransfers():
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step(lambda: torch.zeros(5, device=device))
+
+
+def test_sums_over_shards_copy_nothing_from_the_host() -> None:
+    params = [nn.Parameter(torch.empty(n)) for n in (3, 4)]
+    with NoTransfers():
+        assert times_shards(torch.zeros(3, 2), params).shape == (3, 2)
 
 
 @each_case

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -64,6 +65,13 @@ def shard_counts(params: Iterable[Any]) -> list[int]:
         else 1
         for p in params
     ]
+
+
+def times_shards(sums: Tensor, params: Iterable[Any]) -> Tensor:
+    """Local sums of N tensors, ``(..., N)``, times the number of shards of each."""
+    counts = shard_counts(params)
+    # Numbers, because a tensor of them would be copied from the host, for which a GPU is waited.
+    return torch.stack(torch._foreach_mul(sums.unbind(-1), counts), -1) if counts else sums
 
 
 def mean_over_ranks(values: Tensor, groups: Sequence[Any]) -> Tensor:

@@ -25,7 +25,7 @@ from koala_lib.optim._base import (
 )
 from koala_lib.optim._fused import Pass
 from koala_lib.optim._lists import buckets, decayed, scalar_dtype, squared_norms, subtract, wide
-from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, shard_counts
+from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, times_shards
 
 __all__ = ["Apollo"]
 
@@ -296,8 +296,8 @@ class Apollo(CheckedOptimizer):
     def _move_shards(self, parts: list[_Part], ranks: list[Any]) -> None:
         """All sums are made and joined in one collective before anything moves."""
         here = torch.cat([_observe(*part.arguments, fused=part.group["fused"])[0] for part in parts], 1)
-        shards = here.new_tensor(shard_counts(p for part in parts for p in part.params))
-        whole = torch.split(mean_over_ranks(here * shards, ranks), [len(part.params) for part in parts], 1)
+        here = times_shards(here, (p for part in parts for p in part.params))
+        whole = torch.split(mean_over_ranks(here, ranks), [len(part.params) for part in parts], 1)
         for part, sums in zip(parts, whole, strict=True):
             self._move(part, sums)
 
@@ -309,8 +309,9 @@ class Apollo(CheckedOptimizer):
             lr = lr.reshape(())
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         ramp = start + (end - start) * t / max(steps, 1)
+        after = torch.zeros_like(ramp) + lr  # where() would copy a learning rate that is a tensor on the host
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        rates: Tensor = torch.where(t < steps, ramp, lr) * (lr != 0)
+        rates: Tensor = torch.where(t < steps, ramp, after) * (lr != 0)
         return rates
 
     # -- groups and state ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from koala_lib.optim._sharded import (
     mean_over_ranks,
     rank_groups,
     shard_counts,
+    times_shards,
 )
 
 __all__ = ["KoalaM", "KoalaV"]
@@ -270,13 +271,12 @@ class _Koala(LossFilter):
 
     def _reduced(self, losses: Tensor, groups: list[_Blocks]) -> tuple[Tensor, ...]:
         """Losses, and the three norms of all blocks: means over the ranks, in one collective, of whole tensors."""
-        norms = [torch.cat(parts) for parts in zip(*((b.raw, b.decayed, b.decay_loss) for b in groups), strict=True)]
-        ranks = self._rank_groups()
-        if not ranks:
-            return losses, *norms
-        shards = losses.new_tensor(shard_counts(p for blocks in groups for p in blocks.params))
-        together = mean_over_ranks(torch.cat([losses, *(n * shards for n in norms)]), ranks)
-        return tuple(torch.split(together, [len(losses), *(len(n) for n in norms)]))
+        norms = torch.cat([torch.stack([b.raw, b.decayed, b.decay_loss]) for b in groups], 1)
+        if ranks := self._rank_groups():
+            norms = times_shards(norms, (p for blocks in groups for p in blocks.params))
+            together = mean_over_ranks(torch.cat([losses, norms.flatten()]), ranks)
+            losses, norms = together[: len(losses)], together[len(losses) :].view_as(norms)
+        return losses, *norms
 
     def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
         """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""

@@ -38,8 +38,8 @@ __all__ = ["KoalaM", "KoalaV"]
 
 def _average(averages: list[Tensor], params: list[Tensor], weights: Tensor) -> None:
     """x_avg += weight (x - x_avg), with a weight for each tensor."""
-    for average, x, weight in zip(averages, params, weights.unbind(), strict=True):
-        average.lerp_(x, weight.to(x.dtype))
+    for average, x, weight in zip(averages, params, weights.to(params[0].dtype).unbind(), strict=True):
+        average.lerp_(x, weight)
 
 
 @Pass
@@ -84,7 +84,8 @@ def _correct(
 ) -> None:
     """x -= step h and p -= velocity step h, where there was an observation, then x_avg += weight (x - x_avg)."""
     # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
-    directions = [torch.where(observed, h, 0.0) for h in decayed(params, grads, weight_decay)]
+    zero = grads[0].new_zeros(())
+    directions = [torch.where(observed, h, zero) for h in decayed(params, grads, weight_decay)]
     subtract(params, directions, steps)
     if velocities:
         subtract(velocities, directions, velocity_steps)

@@ -366,6 +366,8 @@ def _show(section: str, rows: list[Row]) -> None:
         from koala_lib import plots
 
         print("\ngoals\n" + pd.DataFrame(bench_fused.goals(rows)).round(2).to_string(index=False))
+        if apart := bench_fused.unshared(rows):
+            print("\nms that threads do not share\n" + pd.DataFrame(apart).round(1).to_string(index=False))
         origin = {"notebook": "koala/27_cost", "preset": "desktop", "runs": []}  # which shows the same figure
         print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala_cost_compiled", origin))
     for row in rows if section == "training_step" else ():

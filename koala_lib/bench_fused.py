@@ -72,8 +72,9 @@ def goals(rows: Iterable[Row]) -> list[Row]:
     """What the rows of :func:`koala_lib.bench.measure`, with a model and a number of threads, say of the goals.
 
     Returns:
-        One row a goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``goal``, ``limit`` of the
-        memory (NaN beside a base whose traffic is not the least), ``measured`` (a ratio of medians) and ``met``.
+        One row a goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what the
+        ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio of
+        medians) and ``met``.
     """
     times: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
@@ -82,8 +83,8 @@ def goals(rows: Iterable[Row]) -> list[Row]:
     for (model, threads), ms in times.items():
         for goal in GOALS:
             ratio = ms[goal.optimizer] / ms[goal.base]
-            limit = MOVED[goal.optimizer] / MOVED[goal.base] if goal.base in MOVED else float("nan")
-            row = {"model": model, "threads": threads} | goal._asdict() | {"memory": limit}
+            memory = MOVED[goal.optimizer] / MOVED[BASE] * ms[BASE] / ms[goal.base]
+            row = {"model": model, "threads": threads} | goal._asdict() | {"memory": memory}
             result.append(row | {"measured": ratio, "met": ratio <= goal.limit})
     return result
 
@@ -94,16 +95,16 @@ def unshared(rows: Iterable[Row]) -> list[Row]:
     If all threads together do the rest as much faster as they do AdamW's step, then t_1 = a + b and t_n = a + b / s.
 
     Returns:
-        One row a model and compiled optimizer, none where there is one thread only: ``model``, ``optimizer``, and in
-        milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
+        One row a model and compiled optimizer, none where more threads make AdamW no faster: ``model``, ``optimizer``,
+        and in milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
     """
     times = {(r["model"], r["optimizer"], r["threads"]): r["ms"] for r in rows}
     most = max(threads for _, _, threads in times)
     result = []
     for model, name, threads in times:
-        if name in FUSED and threads == 1 and most > 1:
+        faster = times[model, BASE, 1] / times[model, BASE, most]
+        if name in FUSED and threads == 1 and faster > 1:
             one, many = (times[model, name, n] for n in (1, most))
-            faster = times[model, BASE, 1] / times[model, BASE, most]
             row = {"model": model, "optimizer": name, "one_thread": one, "all_threads": many}
             result.append(row | {"unshared": one - (one - many) / (1 - 1 / faster)})
     return result

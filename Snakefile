@@ -1,7 +1,7 @@
 """Runs, then notebooks, then the report.
 
-    snakemake --cores                             quick: the notebooks train what they need
-    snakemake --cores --config preset=desktop     each run is a job (also preset=paper, device=cuda)
+    snakemake --cores all                         quick: the notebooks train what they need
+    snakemake --cores all --config preset=desktop each run is a job (also preset=paper, device=cuda)
 
 With --workflow-profile profiles/local or profiles/slurm it goes on after a kill.
 """
@@ -19,6 +19,8 @@ from koala_lib.cost import Costs, minutes
 from koala_lib.runs import Store
 
 CODE = Path(koala_lib.__file__).parent
+if unknown := config.keys() - {"preset", "device"}:
+    sys.exit(f"koala: --config has no {', '.join(sorted(unknown))}; it has preset and device")
 PRESET = config.get("preset", "quick")
 DEVICE = config.get("device", "cpu")
 KOALA = f"{shlex.quote(sys.executable)} -m koala_lib.cli"

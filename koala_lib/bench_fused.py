@@ -137,7 +137,7 @@ def flatness(
     """
     rows = []
     for parameters, tensors in shapes:
-        if 7 * 4 * parameters > _memory(device):  # weights, gradients, AdamW's two, three at most of ours
+        if 7 * 4 * parameters > _memory(device):  # weights, gradients, AdamW's two, two of ours, and one more
             continue
         params = synthetic(parameters, tensors=tensors, device=device)
         for name in ("KOALA-V, compiled", "KOALA-M, compiled", "APOLLO, compiled"):
@@ -158,7 +158,8 @@ def _memory(device: str) -> int:
     """Bytes that are free."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells all of it only
+    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
 _FIRST_STEP = """

@@ -560,5 +560,5 @@ def test_fused_without_a_compiler_warns_once(recwarn: pytest.WarningsRecorder) -
         fused, foreach = (run(FUSED | path)[0] for path in ({"fused": True}, {"foreach": True}))
         assert all(torch.equal(x, y) for x, y in zip(fused, foreach, strict=True))
     assert [str(w.message) for w in recwarn if "fused" in str(w.message)] == [
-        "fused=True needs a working compiler (RuntimeError); using foreach"
+        "fused=True needs a working compiler (RuntimeError: no compiler); using foreach"
     ]

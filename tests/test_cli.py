@@ -238,6 +238,9 @@ def test_the_workflow_plans_a_job_for_each_notebook_and_at_desktop_for_each_run(
     plan = desktop.stdout + desktop.stderr
     assert plan.count(": run ") == 3
     assert plan.count(": notebook ") == 1
+    misspelt = snakemake(project, "-n", "--config", "presett=desktop")
+    assert misspelt.returncode != 0
+    assert "--config has no presett; it has preset and device" in misspelt.stdout + misspelt.stderr
 
 
 def test_a_killed_batch_goes_on_with_what_is_missing_from_its_checkpoint(

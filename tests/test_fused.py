@@ -132,6 +132,38 @@ def test_nothing_is_compiled_after_the_first_steps(name: str) -> None:
 
 
 @each
+@pytest.mark.parametrize("tensors", [1, 3, 9])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_where_torch_compiles_nothing_fused_is_foreach(name: str, tensors: int) -> None:
+    """As with TORCH_COMPILE_DISABLE=1, or inside torch's own modes: the passes are called, with full lists."""
+    ends = []
+    for path in ({"fused": True}, {"foreach": True}):
+        params = [nn.Parameter(torch.linspace(-1, 1, _lists.LONG + i, dtype=torch.float64)) for i in range(tensors)]
+        optimizer = OPTIMIZERS[name](params, **path)
+        with torch.compiler.set_stance("force_eager"):
+            for _ in range(3):
+                for p in params:
+                    p.grad = p.detach().sin()
+                if isinstance(optimizer, LossFilter):
+                    optimizer.predict()
+                    optimizer.step(loss=torch.ones(3, dtype=torch.float64))
+                else:
+                    optimizer.step()
+        ends.append(state(optimizer))
+    assert compilations() == 0
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_wrong_arguments_say_nothing_of_the_compiler() -> None:
+    params = [torch.ones(_lists.LONG, dtype=torch.float64)]
+    with pytest.raises(RuntimeError, match="size"):
+        koala._advance(params, [torch.ones(_lists.LONG + 1, dtype=torch.float64)], [], 0.9, 0.0, fused=True)
+    assert _fused.Pass.compiler_works is None
+
+
+@each
 @pytest.mark.usefixtures("traced_passes")
 def test_fused_resumes_and_changes_into_foreach(name: str) -> None:
     """The path is no part of the state."""

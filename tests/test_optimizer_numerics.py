@@ -257,7 +257,7 @@ def test_fused_without_a_compiler_warns_once(recwarn: pytest.WarningsRecorder) -
         fused, foreach = fused_and_foreach()
         assert_same(fused, foreach)
     assert [str(w.message) for w in recwarn if "fused" in str(w.message)] == [
-        "fused=True needs a working compiler (RuntimeError); using foreach"
+        "fused=True needs a working compiler (RuntimeError: no compiler); using foreach"
     ]
 
 

@@ -54,9 +54,11 @@ class Pass:
         except Exception as error:  # before anything has moved
             if Pass.compiler_works:
                 raise
+            result = self._function(params, *arguments)  # says itself if the arguments are wrong
             Pass.compiler_works = False
-            warn(f"fused=True needs a working compiler ({type(error).__name__}); using foreach", stacklevel=2)
-            return self._function(params, *arguments)
+            why = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+            warn(f"fused=True needs a working compiler ({why}); using foreach", stacklevel=2)
+            return result
         finally:
             symbols.use_duck_shape = before
         Pass.compiler_works = True

@@ -44,7 +44,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """|t|^2 of each tensor as a 0-dim float64 tensor on its device, accumulated in float32 or better."""
     if not tensors:
         return []
-    if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6 at any size
+    if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6; of equal numbers to 1e-4
         return [t.square().sum().to(scalar_dtype(t.device)) for t in wide(tensors)]
     dtype = torch.float32 if tensors[0].dtype in HALF else tensors[0].dtype
     if tensors[0].device.type == "cpu":

@@ -107,7 +107,8 @@ def _observe(
 ) -> tuple[Tensor, Secant | None]:
     """The sums of (8), and what they are of; a compiled pass does not keep it, since to compute it again costs less."""
     d, y = _secant(params, grads, means, curvatures, *rest)
-    return _sums(curvatures, d, y), None if torch.compiler.is_compiling() else (d, y)
+    to_compile = isinstance(rest[2], Tensor)  # sigma
+    return _sums(curvatures, d, y), None if to_compile else (d, y)
 
 
 @Pass
@@ -179,8 +180,8 @@ class Apollo(CheckedOptimizer):
         maximize: ascend.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
-        fused: ``True`` compiles the passes over the weights, which pays from some million weights on; ``None`` never
-            does.
+        fused: ``True`` compiles the passes over tensors of 4097 elements and more, which pays from some million weights
+            on; ``None`` never does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.

@@ -84,7 +84,7 @@ def _correct(
 ) -> None:
     """x -= step h and p -= velocity step h, where there was an observation, then x_avg += weight (x - x_avg)."""
     # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
-    zero = grads[0].new_zeros(())
+    zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
     directions = [torch.where(observed, h, zero) for h in decayed(params, grads, weight_decay)]
     subtract(params, directions, steps)
     if velocities:
@@ -334,8 +334,8 @@ class KoalaV(_Koala):
             reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
         foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
             the CPU.
-        fused: ``True`` compiles the passes over the weights, which pays from some million weights on; ``None`` never
-            does.
+        fused: ``True`` compiles the passes over tensors of 4097 elements and more, which pays from some million weights
+            on; ``None`` never does.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.

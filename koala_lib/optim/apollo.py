@@ -103,12 +103,18 @@ def _secant(
 
 @Pass
 def _observe(
-    params: list[Tensor], grads: list[Tensor], means: list[Tensor], curvatures: list[Tensor], *rest: Any
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    curvatures: list[Tensor],
+    directions: list[Tensor],
+    weights: Tensor,
+    sigma: float,
+    *decay: Any,
 ) -> tuple[Tensor, Secant | None]:
     """The sums of (8), and what they are of; a compiled pass does not keep it, since to compute it again costs less."""
-    d, y = _secant(params, grads, means, curvatures, *rest)
-    to_compile = isinstance(rest[2], Tensor)  # sigma
-    return _sums(curvatures, d, y), None if to_compile else (d, y)
+    d, y = _secant(params, grads, means, curvatures, directions, weights, sigma, *decay)
+    return _sums(curvatures, d, y), None if isinstance(sigma, Tensor) else (d, y)
 
 
 @Pass

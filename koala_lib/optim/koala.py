@@ -109,10 +109,13 @@ class _Blocks(NamedTuple):
 
     group: dict[str, Any]
     buckets: list[_Bucket]
-    params: list[Tensor]
     raw: Tensor  # |g_i|^2
     decayed: Tensor  # |h_i|^2
     decay_loss: Tensor  # lambda / 2 |x_i|^2
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [p for bucket in self.buckets for p in bucket.params]
 
 
 class _Koala(LossFilter):
@@ -215,11 +218,11 @@ class _Koala(LossFilter):
 
     def _update(self, losses: Tensor) -> Tensor:
         options, entries = self._options, self._entries()
-        groups = [blocks for group in self.param_groups if (blocks := self._observe_group(group)).params]
+        groups = [blocks for group in self.param_groups if (blocks := self._observe_group(group)).buckets]
         if not groups:  # no gradient anywhere: nothing was observed
             entries["skipped_steps"].add_(1)
             return losses[0] / losses[2]
-        sizes = [len(blocks.params) for blocks in groups]
+        sizes = [len(blocks.raw) for blocks in groups]
         losses, raw, squared, decay_loss = self._reduced(losses, groups)
         mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
 
@@ -261,8 +264,7 @@ class _Koala(LossFilter):
         buckets = [_Bucket(ps, local(ps), local_gradients(ps)) for ps in self._buckets(params)]
         norms = [_observe(b.weights, b.grads, weight_decay, fused=self._options["fused"]) for b in buckets]
         g2, h2, x2 = torch.cat([n.to(entries.device) for n in norms], 1) if norms else entries.new_zeros(3, 0)
-        ordered = [p for bucket in buckets for p in bucket.params]
-        return _Blocks(group, buckets, ordered, g2, h2, weight_decay / 2 * x2)
+        return _Blocks(group, buckets, g2, h2, weight_decay / 2 * x2)
 
     def _rank_groups(self) -> list[Any]:
         """The process groups whose ranks keep one filter."""

@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 PY := .venv/bin/python
-KOALA := $(PY) -m koala_lib.cli
+KOALA := $(PY) -m koala_lab.cli
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
@@ -15,10 +15,10 @@ help: ## print this help
 
 setup: $(STAMP) ## make .venv; CPU only: make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
-$(STAMP): pyproject.toml $(if $(filter command environment,$(origin TORCH)),FORCE) # a TORCH given by hand is installed again
+$(STAMP): pyproject.toml lab/pyproject.toml $(if $(filter command environment,$(origin TORCH)),FORCE) # a TORCH given by hand is installed again
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
-	$(PY) -m pip install -e '.[all]'
+	$(PY) -m pip install -e . -e './lab[all]'
 	touch $@
 
 reproduce: setup ## execute all notebooks at the quick preset and build report/index.html

@@ -12,18 +12,20 @@ import shlex
 import sys
 from pathlib import Path
 
+import koala_lab
 import koala_lib
-from koala_lib import nb, paths
-from koala_lib.cli import FAILED, plan
-from koala_lib.cost import Costs, minutes
-from koala_lib.runs import Store
+from koala_lab import notebook as nb
+from koala_lab import paths
+from koala_lab.bench.cost import Costs, minutes
+from koala_lab.cli import FAILED, plan
+from koala_lab.runs import Store
 
-CODE = Path(koala_lib.__file__).parent
+LIBRARY, LAB = (Path(package.__file__).parent for package in (koala_lib, koala_lab))
 if unknown := config.keys() - {"preset", "device"}:
     sys.exit(f"koala: --config has no {', '.join(sorted(unknown))}; it has preset and device")
 PRESET = config.get("preset", "quick")
 DEVICE = config.get("device", "cpu")
-KOALA = f"{shlex.quote(sys.executable)} -m koala_lib.cli"
+KOALA = f"{shlex.quote(sys.executable)} -m koala_lab.cli"
 REPORT = os.path.relpath(paths.report_dir() if PRESET == "quick" else paths.report_dir() / PRESET)
 INTO = f"KOALA_REPORT={shlex.quote(os.path.abspath(REPORT))}"
 
@@ -54,9 +56,10 @@ def digest(*files):
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
-BESIDE = {"bench_runs.py", "cli.py", "cost.py", "report.py"}  # no notebook uses these
+BESIDE = {LAB / name for name in ("bench/tasks.py", "bench/cost.py", "cli.py", "report.py")}  # no notebook uses these
 SHARED = digest(
-    *(f for f in CODE.rglob("*.py") if f.name not in BESIDE),
+    *LIBRARY.rglob("*.py"),
+    *(f for f in LAB.rglob("*.py") if f not in BESIDE),
     *paths.claims_dir().glob("*.yaml"),
     *paths.notebooks().glob("*.py"),  # scripts that notebooks launch
     *paths.results_dir().glob("*.json"),  # the committed benchmark
@@ -118,7 +121,7 @@ rule report:
     output:
         REPORT + "/index.html",
     params:
-        shared=digest(CODE / "report.py"),
+        shared=digest(LAB / "report.py"),
     message:
         "report"
     shell:

@@ -9,11 +9,13 @@ from typing import Any
 import pooch
 import pytest
 import torch
-from sandbox import Project
 
-from koala_lib import paths
-from koala_lib.optim import _fused, _lists, apollo, koala
-from koala_lib.optim._fused import Pass
+from koala_lab import paths
+from koala_lib.optim import apollo, koala
+from koala_lib.optim._engine import compiled as _fused
+from koala_lib.optim._engine import lists as _lists
+from koala_lib.optim._engine.compiled import Pass
+from tests.support.sandbox import Project
 
 
 @pytest.fixture

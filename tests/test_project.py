@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from koala_lib import paths
-from koala_lib.claims import replace_block
+from koala_lab import paths
+from koala_lab.claims import replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

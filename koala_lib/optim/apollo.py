@@ -1,8 +1,8 @@
 """APOLLO: a diagonal quasi-Newton method for stochastic, nonconvex losses (Ma, 2020, arXiv 2009.13586).
 
 Every tensor of weights has a diagonal estimate of the Hessian, which changes as little as it can while its curvature
-along the last direction becomes the one that the gradients show (the weak secant equation). ``reference_apollo.py``
-holds the same optimizer as slow loops in the paper's symbols.
+along the last direction becomes the one that the gradients show (the weak secant equation).
+``koala_lib/reference/apollo.py`` holds the same optimizer as slow loops in the paper's symbols.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from koala_lib.optim._base import (
+from koala_lib.optim._engine.checks import (
     CheckedOptimizer,
     check_choice,
     check_dense,
@@ -23,9 +23,9 @@ from koala_lib.optim._base import (
     check_number,
     check_real,
 )
-from koala_lib.optim._fused import Pass
-from koala_lib.optim._lists import buckets, decayed, scalar_dtype, squared_norms, subtract, wide
-from koala_lib.optim._sharded import local, local_gradients, mean_over_ranks, rank_groups, times_shards
+from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim._engine.lists import buckets, decayed, scalar_dtype, squared_norms, subtract, wide
+from koala_lib.optim._engine.sharded import local, local_gradients, mean_over_ranks, rank_groups, times_shards
 
 __all__ = ["Apollo"]
 

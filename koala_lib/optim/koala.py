@@ -2,8 +2,8 @@
 
 The weights are a hidden state, the minibatch loss is a noisy observation of a target risk, and the gradient is the
 observation's Jacobian. :class:`KoalaV` lets the weights drift at random (Algorithm 1), :class:`KoalaM` adds velocities
-(eqs. 16-21). The recursions of the covariance are in :mod:`koala_lib.kalman`; ``reference.py`` holds the same
-optimizers as slow loops in the paper's symbols. "Released row N" points to the table of differences between paper and
+(eqs. 16-21). The recursions of the covariance are in :mod:`koala_lib.kalman`; ``koala_lib/reference/koala.py`` holds
+the same optimizers as slow loops in the paper's symbols. "Released row N" points to the table of differences between paper and
 released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._base import Entries, LossFilter, check_choice, check_dense, check_flag, check_number
-from koala_lib.optim._fused import Pass
-from koala_lib.optim._lists import decayed, squared_norms, subtract
-from koala_lib.optim._sharded import (
+from koala_lib.optim._engine.checks import check_choice, check_dense, check_flag, check_number
+from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim._engine.lists import decayed, squared_norms, subtract
+from koala_lib.optim._engine.sharded import (
     check_meshes,
     is_sharded,
     local,
@@ -29,6 +29,7 @@ from koala_lib.optim._sharded import (
     shard_counts,
     times_shards,
 )
+from koala_lib.optim.filter import Entries, LossFilter
 
 __all__ = ["KoalaM", "KoalaV"]
 

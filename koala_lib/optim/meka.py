@@ -4,8 +4,8 @@ arXiv 2011.04803).
 The minibatch gradient is a noisy observation of the full gradient; between two steps the full gradient changes by the
 Hessian times the displacement, which the minibatch gives too. How noisy both are is measured from the per-sample
 gradients and Hessian-vector products of the very minibatch (:mod:`koala_lib.moments`). The recursions are in
-:mod:`koala_lib.kalman`, the step sizes in :mod:`koala_lib.step_size`; ``reference_meka.py`` holds the same optimizer
-with full matrices and slow loops in the paper's symbols.
+:mod:`koala_lib.kalman`, the step sizes in :mod:`koala_lib.step_size`; ``koala_lib/reference/meka.py`` holds the same
+optimizer with full matrices and slow loops in the paper's symbols.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import kalman
 from koala_lib.moments import METHODS, sample_moments
-from koala_lib.optim._base import Entries, ScalarFilter, check_choice, check_number
-from koala_lib.optim._lists import scalar_dtype
-from koala_lib.optim._sharded import is_sharded
+from koala_lib.optim._engine.checks import check_choice, check_number
+from koala_lib.optim._engine.lists import scalar_dtype
+from koala_lib.optim._engine.sharded import is_sharded
+from koala_lib.optim.filter import Entries, ScalarFilter
 from koala_lib.step_size import RULES, PredictedChange
 
 __all__ = ["Meka"]

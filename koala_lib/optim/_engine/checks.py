@@ -1,0 +1,87 @@
+"""Argument checks of the optimizers, and param groups that are checked as they come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise unless ``value`` is a finite number with low <= value < high (low < value if ``open_low``)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not (low < number if open_low else low <= number) or not number < high:
+        bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r}")
+
+
+def check_lr(lr: object) -> None:
+    """A learning rate is a number or, for captured graphs, a 0-dim tensor."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"lr as a tensor must hold one real number, got {lr.dtype} of shape {tuple(lr.shape)}")
+        lr = float(lr)
+    check_number("lr", lr)
+
+
+def check_real(optimizer: str, params: Sequence[Tensor]) -> None:
+    """Raise unless all parameters hold real floating-point numbers."""
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"{optimizer} needs real floating-point parameters, got {p.dtype} of shape {tuple(p.shape)}"
+                + ("; optimise torch.view_as_real of it" if p.is_complex() else "")
+            )
+
+
+def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
+    """Raise if a gradient is sparse."""
+    for p in params:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{optimizer} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+                "use a dense gradient, e.g. Embedding(sparse=False)"
+            )
+
+
+class CheckedOptimizer(torch.optim.Optimizer):
+    """Base of all of them: a param group is checked by :meth:`_check_group`, and refused without a trace."""
+
+    whole_numbers: tuple[str, ...] = ()  # the options that are counts
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with options of their own.
+
+        Raises:
+            ValueError, TypeError: as the constructor does.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        # numpy's numbers would keep torch.load(weights_only=True) from reading the state_dict
+        for name in self.defaults:
+            if isinstance(group[name], Real) and not isinstance(group[name], bool):
+                group[name] = int(group[name]) if name in self.whole_numbers else float(group[name])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError

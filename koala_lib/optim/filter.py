@@ -1,0 +1,242 @@
+"""Filters: one small tensor of scalars for all weights, and the protocol predict -> observe -> step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from koala_lib.optim._engine.checks import CheckedOptimizer, check_lr, check_number, check_real
+from koala_lib.optim._engine.lists import buckets, scalar_dtype
+
+Entries = dict[str, Tensor]  # a filter's scalars by name
+
+
+class ScalarFilter(CheckedOptimizer):
+    """Base of the optimizers with a filter: one small tensor of scalars, ``filter_entries`` in order, for all weights.
+
+    It lives in every param group (the same tensor): there ``load_state_dict`` keeps its float64, which it would cast to
+    the dtype of the weights in ``state``, and checkpoints keyed by parameter find it.
+    """
+
+    filter_entries: tuple[str, ...]  # one of them is "skipped_steps"
+    per_group: tuple[str, ...] = ("lr",)  # the options that groups may set differently
+
+    def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
+        self._filter_values = [filter_values[name] for name in self.filter_entries]
+        super().__init__(params, defaults)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps had no usable observation (small gradient, non-finite loss). Waits for the device."""
+        return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the one filter, e.g. after unfreezing them. A group's own options are ``per_group``.
+
+        Raises:
+            ValueError: if the group sets another option differently from the rest, or a value out of range.
+            TypeError: for parameters that are not real floating-point tensors.
+        """
+        if self.param_groups:  # whose options may have been changed since the constructor
+            first = self.param_groups[0]
+            param_group = {name: first[name] for name in self.defaults if name not in self.per_group} | param_group
+        super().add_param_group(param_group)
+        group, first = self.param_groups[-1], self.param_groups[0]
+        if "filter" not in first:
+            device = first["params"][0].device if first["params"] else torch.device("cpu")
+            first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
+        group["filter"] = first["filter"]
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        for name, default in self.defaults.items():
+            value = default if group is self.param_groups[0] else self.param_groups[0][name]
+            if name not in self.per_group and group[name] != value:
+                raise ValueError(
+                    f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
+                    f"so {name} is set once in the constructor (here {value!r}); a group may set "
+                    + ", ".join(self.per_group)
+                )
+        check_real(type(self).__name__, group["params"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
+        groups = state.get("param_groups", [])
+        saved = groups[0].get("filter") if groups else None
+        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+            raise ValueError(
+                f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
+                "it was saved by another optimizer or by other options"
+            )
+        super().__setstate__(state)
+        self._share_filter(saved)
+
+    def _share_filter(self, values: Tensor) -> None:
+        device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
+        values = values.to(device=device, dtype=scalar_dtype(device))
+        for group in self.param_groups:
+            group["filter"] = values
+
+    def _filter(self) -> Tensor:
+        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
+        values: Tensor = self.param_groups[0]["filter"]
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and first.device != values.device:
+            self._share_filter(values)
+            values = self.param_groups[0]["filter"]
+        return values
+
+    def _entries(self) -> Entries:
+        return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
+
+
+class LossFilter(ScalarFilter):
+    """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
+
+    Subclasses implement :meth:`_predict`, :meth:`_update` and :meth:`_initialise`.
+    """
+
+    per_group = ("lr", "weight_decay")
+    _observed: Tensor | None = None  # sum, sum of squares and number of the losses seen since predict()
+    _observed_dtype = torch.float32
+
+    # -- what a subclass fills in ------------------------------------------------------------------------------
+
+    def _initialise(self) -> None:
+        """Create the per-parameter state that does not exist yet."""
+        raise NotImplementedError
+
+    def _predict(self) -> None:
+        """Time update of weights and filter."""
+        raise NotImplementedError
+
+    def _update(self, losses: Tensor) -> Tensor:
+        """Measurement update of weights and filter from (sum, sum of squares, number) of the losses; the mean loss."""
+        raise NotImplementedError
+
+    # -- the protocol --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self) -> None:
+        """Move weights and filter to the prediction, where loss and gradient must be evaluated.
+
+        A second call before ``step`` moves nothing, so a step that a gradient scaler skipped can simply be repeated;
+        losses observed meanwhile are forgotten.
+        """
+        self._observed = None
+        if not self.param_groups[0]["predicted"]:
+            self._initialise()
+            self._predict()
+            self._set_predicted(True)
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor | float) -> None:
+        """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
+
+        Args:
+            losses: per-sample losses, any shape, or their mean as a scalar (which counts as one sample). Calls between
+                ``predict`` and ``step`` add up, as the micro-batches of an accumulated gradient do.
+
+        Raises:
+            RuntimeError: without a ``predict()`` before the forward pass.
+            TypeError, ValueError: if the losses are no real floating-point numbers, or none at all.
+        """
+        if not self.param_groups[0]["predicted"]:
+            raise RuntimeError(
+                f"{type(self).__name__} got a loss without predict(): loss and gradient must be taken at the predicted "
+                "weights; call optimizer.predict() before the forward pass, or use optimizer.step(closure)"
+            )
+        if not isinstance(losses, (Tensor, float, int)):
+            raise TypeError(f"losses must be a tensor or a float, got {losses!r} ({type(losses).__name__})")
+        losses = torch.as_tensor(losses)
+        if not losses.is_floating_point():
+            raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
+        if losses.numel() == 0:
+            raise ValueError("losses are empty: a step needs at least one sample")
+        values = losses.to(self._filter().device).to(self._filter().dtype)
+        count = torch.full_like(values.sum(), losses.numel())
+        seen = torch.stack([values.sum(), values.square().sum(), count])
+        self._observed = seen if self._observed is None else self._observed + seen
+        self._observed_dtype = losses.dtype
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | None:
+        """One step: ``step(closure)``, or ``predict()`` ... ``step(loss=losses)``, or ``predict()`` ...
+        ``observe(losses)`` ... ``step()``.
+
+        Args:
+            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses.
+            loss: the same losses where forward and backward were run by the caller after :meth:`predict`.
+
+        Returns:
+            The mean loss as a 0-dim tensor, still on the device. ``None`` for the bare ``step()`` at lr = 0 with which
+            distributed checkpoints create the state; nothing moves then.
+
+        Raises:
+            RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.
+
+        Where that or the closure raises after a ``predict()``, the weights stay at the prediction; the next step goes
+        on from there.
+        """
+        if closure is not None:
+            if loss is not None:
+                raise RuntimeError("step() takes a closure or a loss, not both")
+            if not callable(closure):
+                raise TypeError(
+                    f"step() takes a closure, got a {type(closure).__name__}; losses go in as step(loss=...)"
+                )
+            self.predict()
+            with torch.enable_grad():
+                loss = closure()
+            if loss is None:
+                raise TypeError("the closure must return the losses, got None")
+        if loss is not None:
+            self.observe(loss)
+        if self._observed is None:
+            if all(float(group["lr"]) == 0 for group in self.param_groups):
+                self._initialise()
+                return None
+            raise RuntimeError(
+                f"{type(self).__name__}.step() needs the losses: use step(closure), or predict() before the forward "
+                "pass and step(loss=losses) after backward, or observe(losses) before a bare step()"
+            )
+        mean = self._update(self._observed)
+        self._set_predicted(False)
+        self._observed = None
+        return mean.to(self._observed_dtype)
+
+    def filter_state(self) -> dict[str, float]:
+        """The filter's scalars by name, as numbers. Reading them waits for the device."""
+        values = dict(zip(self.filter_entries, self._filter().tolist(), strict=True))
+        del values["skipped_steps"]
+        return values
+
+    # -- groups and state ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["predicted"] = self.param_groups[0].get("predicted", False)
+        if group["predicted"]:
+            self._initialise()
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("weight_decay", group["weight_decay"])
+        super()._check_group(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._observed = None
+
+    def _set_predicted(self, value: bool) -> None:
+        for group in self.param_groups:
+            group["predicted"] = value
+
+    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        options = self.param_groups[0]
+        return buckets(params, foreach=options["foreach"], fused=options["fused"])

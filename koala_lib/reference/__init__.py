@@ -1,0 +1,7 @@
+"""The optimizers as slow loops in the papers' symbols: read these first, beside the papers."""
+
+from koala_lib.reference.apollo import ReferenceApollo
+from koala_lib.reference.koala import ReferenceKoalaM, ReferenceKoalaV
+from koala_lib.reference.meka import ReferenceMeka
+
+__all__ = ["ReferenceApollo", "ReferenceKoalaM", "ReferenceKoalaV", "ReferenceMeka"]

@@ -1,0 +1,1 @@
+"""The laboratory: from the papers' claims to runs, figures and verdicts."""

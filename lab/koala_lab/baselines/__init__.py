@@ -1,0 +1,1 @@
+"""What the papers' optimizers are compared with."""

@@ -1,0 +1,1 @@
+"""Time and memory of a step, a training step and a run."""

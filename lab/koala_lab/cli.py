@@ -1,0 +1,322 @@
+"""The command ``koala``: list and train the runs of the notebooks, execute notebooks, build the report."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from koala_lab import notebook as nb
+from koala_lab import paths
+from koala_lab.parameters import PRESETS
+
+if TYPE_CHECKING:
+    from koala_lab.bench.cost import Costs
+    from koala_lab.config import RunConfig
+    from koala_lab.runs import Store
+    from koala_lab.runs.training import RunResult
+
+FAILED = 3  # exit code when a run is stored as failed: a result, unlike 1 (an error) and 2 (wrong usage)
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+)
+Preset = Annotated[str, typer.Option("--preset", help="quick, desktop or paper")]
+Only = Annotated[str, typer.Option("--only", help="glob over notebook names, such as 'koala/2*'")]
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Bad input ends with what is wrong, not with a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no such data set to be had
+        _stop(str(error), 2)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"koala: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
+    """The grids of the notebooks that have a preset.
+
+    Args:
+        preset: ``quick``, ``desktop`` or ``paper``.
+        only: Glob over notebook names.
+
+    Returns:
+        The configurations by notebook, without notebooks that train nothing.
+
+    Raises:
+        ValueError: For an unknown preset, or a glob that no notebook matches.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+    names = {name: path for name, path in nb.all_notebooks().items() if fnmatch(name, only)}
+    if not names:
+        raise ValueError(f"no notebook matches {only!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
+    has = {n: p for n, p in names.items() if preset == "quick" or nb.preset_file(n, preset).exists()}
+    return {n: grid for n, p in has.items() if (grid := nb.grid_of(p, preset))}
+
+
+@app.command("list")
+def list_runs(
+    preset: Preset = "quick",
+    only: Only = "*",
+    pending: Annotated[bool, typer.Option("--pending", help="only runs without a result")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; where the hours are estimated for")] = "cpu",
+) -> None:
+    """One line a run: key, notebook, label, status; then (on stderr) how many are pending and the hours they will take.
+
+    The hours come from finished runs of the same kind, else from step times, which 'koala bench --step-times' measures
+    and which leave out evaluation. What was never measured is not guessed.
+    """
+    from koala_lab.runs import Store
+
+    with _one_sentence():
+        grids = plan(preset, only)
+    store = Store()
+    known = {c.key: result for grid in grids.values() for c in grid if (result := store.get(c.key))}
+    for name, grid in grids.items():
+        for config in grid:
+            result = known.get(config.key)
+            if not (pending and result):
+                typer.echo(f"{config.key}  {name}  {config.label}  {result.status if result else 'pending'}")
+    _summary(preset, grids, known, device)
+
+
+def _summary(preset: str, grids: Mapping[str, list[RunConfig]], known: Mapping[str, RunResult], device: str) -> None:
+    from koala_lab.bench.cost import Costs
+
+    costs = Costs(known.values(), device=device)
+    every = {c.key: c for grid in grids.values() for c in grid}
+    shared = len(every) < sum(map(len, grids.values()))
+    width = max((len(name) for name in grids), default=0)
+    lines = {**grids, ("all, shared runs once" if shared else "all"): [*every.values()]}
+    unknown = 0
+    for name, grid in lines.items():
+        pending = [c for c in grid if c.key not in known]
+        seconds = [costs.seconds(c) for c in pending]
+        unknown = seconds.count(None)
+        hours = sum(s for s in seconds if s is not None) / 3600
+        cost = f"{hours:10,.1f} h" + (f" and {unknown} runs of unknown cost" if unknown else "")
+        typer.echo(f"{name:{width}} {len(grid):5} runs, {len(pending):5} pending {cost}", err=True)
+    if where := costs.measured:
+        typer.echo(
+            f"one run at a time with nothing beside it; step times measured on {where['device']}, "
+            f"{where['threads']} thread(s), load {where['load']}, without evaluation; finished runs count as they were",
+            err=True,
+        )
+    if unknown:
+        command = f"koala bench --step-times {preset} --device {device}"
+        typer.echo(f"unknown: kinds of runs that were never measured; '{command}' measures them", err=True)
+
+
+@app.command()
+def run(
+    preset: Preset = "quick",
+    only: Only = "*",
+    key: Annotated[str, typer.Option(help="only the run with this key")] = "",
+    pending: Annotated[bool, typer.Option("--pending", help="leave out what has a result, failed or not")] = False,
+    time_budget: Annotated[float, typer.Option(help="seconds; start no run that is known not to fit")] = math.inf,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    allow_unverified_data: Annotated[
+        bool, typer.Option("--allow-unverified-data", help="take data with another checksum; results are tagged")
+    ] = False,
+) -> None:
+    """Train what has no result yet, then merge the results of desktop and paper into data/results.
+
+    Exit code 0: every run is done, or was left for later by the time budget; 3: some runs diverged and are stored as
+    failed; 1: something broke.
+    """
+    from koala_lab.bench.cost import Costs
+    from koala_lab.runs import Store, merge_results, results_file
+
+    if allow_unverified_data:
+        os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
+    with _one_sentence():
+        _check_device(device)
+        grids = plan(preset, only)
+    store = Store()
+    configs = {c.key: c for grid in grids.values() for c in grid}
+    if key and key not in configs:
+        _stop(f"no run of preset {preset} has the key {key}; 'koala list --preset {preset}' shows them", 2)
+    known = {k: result for k in configs if (result := store.get(k))}
+    wanted = [k for k in configs if key in ("", k) and not (pending and k in known)]
+    todo = [configs[k] for k in wanted if k not in known]
+    trained, broken = _train(todo, Costs(known.values(), device=device), store, device, time_budget)
+    results = [known[k] for k in wanted if k in known] + trained
+    if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
+        for name, grid in grids.items():
+            merge_results(results_file(preset, name), grid, results)
+    failed = sum(r.status == "failed" for r in results)
+    left = len(wanted) - len(results) - broken
+    typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
+    raise typer.Exit(1 if broken else FAILED if failed else 0)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
+
+
+def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
+    """Each run once; those that another process is at come last, so that several processes share a list."""
+    busy = []
+    for config in todo:
+        if store.busy(config.key):
+            busy.append(config)
+        else:
+            yield config
+    yield from busy
+
+
+def _train(
+    todo: list[RunConfig], costs: Costs, store: Store, device: str, budget: float
+) -> tuple[list[RunResult], int]:
+    """Results of the runs that fitted into the budget, and the number of those that raised."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    started, broken = time.monotonic(), 0
+    results: list[RunResult] = []
+    shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(total=len(todo), disable=None, smoothing=0, bar_format=shape) as bar:  # silent without a terminal
+        for number, config in enumerate(_free_first(todo, store), start=1):
+            left, needed = budget - (time.monotonic() - started), costs.seconds(config, max) or 0.0
+            if needed > left:
+                bar.write(f"stopping: the next run needs about {needed:.0f} s, {max(left, 0):.0f} s are left")
+                break
+            bar.set_description(f"run {number}/{len(todo)}")
+
+            def advance(step: int, steps: int, before: int = number - 1) -> None:
+                bar.update(before + step / steps - bar.n)
+
+            try:
+                results.append(store.run(config, device=device, on_step=advance))
+                costs.add(results[-1])
+                bar.write(f"{config.key}  {config.label}  {results[-1].status}")
+            except Exception as error:  # the other runs go on; this one has no result and is tried again next time
+                broken += 1
+                bar.write(f"{config.key}  {config.label}  broken: {type(error).__name__}: {error}", file=sys.stderr)
+    return results, broken
+
+
+@app.command()
+def notebook(
+    path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
+    preset: Preset = "quick",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="executed .ipynb; its page goes beside it")
+    ] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself, without a page")] = False,
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")
+    ] = None,
+) -> None:
+    """Execute one notebook and write it, normalised, with an HTML page.
+
+    If a cell fails the notebook is kept as <output>.failed.ipynb and the exit code is 1.
+    """
+    from koala_lab.notebook import execute
+
+    with _one_sentence():
+        file = _notebook_file(path)
+        if (output is None) != in_place:
+            raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
+        if output is not None and output.suffix != ".ipynb":
+            raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
+        given = dict(_pair(text) for text in parameter or [])
+        values = execute.parameters(file, preset, given)
+    target = (output or file).resolve()
+    try:
+        execute.execute(file, target, values)
+    except execute.NotebookFailed as error:
+        _stop(str(error), 1)
+    if not in_place:
+        execute.to_html(target)
+
+
+def _notebook_file(text: str) -> Path:
+    for file in (Path(text), paths.notebooks() / f"{text}.ipynb"):
+        if file.is_file():
+            return file.resolve()
+    raise ValueError(f"no notebook {text!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"-p {text}: expected name=value")
+    return name.strip(), value
+
+
+@app.command()
+def report(
+    readme: Annotated[bool, typer.Option("--readme", help="also refresh the scoreboard block of README.md")] = False,
+) -> None:
+    """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
+    from koala_lab import report as pages
+
+    with _one_sentence():
+        typer.echo(pages.build())
+        if readme:
+            typer.echo(pages.refresh_readme())
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    training_step: Annotated[
+        bool, typer.Option("--training-step", help="also whole training steps of ResNet-18, some minutes on a CPU")
+    ] = False,
+    meka: Annotated[
+        bool, typer.Option("--meka", help="MEKA's moments and whole steps instead, a quarter of an hour on a CPU")
+    ] = False,
+    step_times: Annotated[
+        str, typer.Option(help="preset; a step of each kind of its runs instead, for 'koala list' to tell the hours")
+    ] = "",
+) -> None:
+    """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
+    from koala_lab.bench import steps as benchmark
+
+    if step_times:
+        import torch
+
+        from koala_lab.bench.tasks import step_times as measure
+
+        with _one_sentence():
+            _check_device(device)
+            configs = [c for grid in plan(step_times).values() for c in grid]
+        if not device.startswith("cuda"):
+            torch.set_num_threads(1)  # as runs have
+        benchmark.keep("step_times", lambda: measure(configs, device=device), device)
+    else:
+        benchmark.main(device, whole=training_step, meka=meka)
+
+
+@app.command()
+def data(name: Annotated[str, typer.Argument(help="such as cifar10")]) -> None:
+    """Download a data set and check it."""
+    from koala_lab import data as sets
+
+    with _one_sentence():
+        typer.echo(sets.fetch(name))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,185 @@
+"""What a training run is: :class:`RunConfig`, everything that decides its outcome, and the key made of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from koala_lab import data, models
+from koala_lab.baselines.registry import OPTIMIZERS, OWN_FORWARD
+from koala_lab.models.dcgan import GANS
+from koala_lab.models.language import LANGUAGE_MODELS
+from koala_lab.models.translation import TRANSLATION_MODELS
+
+# Part of every run's key. Raise a number by hand when a change alters what such a run computes.
+VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1, "apollo": 1}
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WRAPPERS = ("", "lookahead", "swa", "switch")
+
+# The data sets and networks of each task.
+KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
+    "classification": ({*data.DATASETS, *data.FOLDERS}, models.MODELS),
+    "gan": (data.DATASETS, GANS),
+    "language_model": (data.TEXTS, LANGUAGE_MODELS),
+    "translation": (data.PAIRS, TRANSLATION_MODELS),
+}
+
+Arguments = Mapping[str, Any] | tuple[tuple[str, Any], ...]  # keywords as given, and as kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides the outcome of a run, in canonical form.
+
+    Arguments that end in ``_args`` are mappings of keywords, kept as sorted pairs.
+
+    Args:
+        task: what is trained and measured, a name of :data:`koala_lab.tasks.TASKS`.
+        task_args: options of the task.
+        dataset: a data set of the task.
+        train_size: size of a fixed class-balanced subset; ``None`` for all.
+        augment: random crop after padding by 4, and flips for natural images; of photographs a random area.
+        model: a network of the task.
+        model_args: its options, such as ``init``.
+        optimizer: a name of ``OPTIMIZERS`` or ``OWN_FORWARD`` in ``baselines.registry``.
+        optimizer_args: its arguments.
+        wrapper: ``"lookahead"`` (see ``baselines.registry``), or ``"swa"``: the metrics are those of
+            the mean of the weights at the end of epochs ``start``, ``start + every``, …, once there is one (Izmailov et
+            al., UAI 2018), with BatchNorm statistics taken anew on the training data. Or ``"switch"``: from the start
+            of epoch ``epoch`` (counted from 0) on, the optimizer has the other options given, and keeps its state.
+        wrapper_args: its options.
+        epochs: passes over the training data.
+        batch_size: samples per step; the last incomplete batch of an epoch is dropped, but not of translations.
+        milestones: epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``.
+        gamma: that factor.
+        final_lr: instead of milestones, a cosine schedule (Loshchilov & Hutter, ICLR 2017, without restarts): in epoch
+            e = 0, 1, ... of E the learning rate is final_lr + (lr - final_lr) (1 + cos(pi e / E)) / 2.
+        warmup_steps: for so many steps the learning rate rises linearly from ``warmup_init_lr`` at the first step to
+            the optimizer's ``lr``, whatever the schedule says meanwhile.
+        warmup_init_lr: where it starts.
+        seed: seed of the initial weights, the order of the samples and the augmentation.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward.
+
+    Raises:
+        ValueError: for an unknown name or a number out of range.
+    """
+
+    task: str = "classification"
+    task_args: Arguments = ()
+    dataset: str
+    train_size: int | None = None
+    augment: bool = False
+    model: str
+    model_args: Arguments = ()
+    optimizer: str
+    optimizer_args: Arguments = ()
+    wrapper: str = ""
+    wrapper_args: Arguments = ()
+    epochs: int
+    batch_size: int = 128
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    final_lr: float | None = None
+    warmup_steps: int = 0
+    warmup_init_lr: float = 0.0
+    seed: int = 0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in _MAPPINGS:
+            given = getattr(self, name)
+            pairs = given.items() if isinstance(given, Mapping) else given
+            object.__setattr__(self, name, tuple(sorted((str(k), _hashable(v)) for k, v in pairs)))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        datasets, networks = KNOWN.get(self.task, ((), ()))
+        for name, value, known in (
+            ("task", self.task, KNOWN),
+            ("dataset", self.dataset, datasets),
+            ("model", self.model, networks),
+            ("optimizer", self.optimizer, OPTIMIZERS | OWN_FORWARD),
+            ("wrapper", self.wrapper, WRAPPERS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                of = f" of task {self.task!r}" if name in ("dataset", "model") else ""
+                raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(filter(None, known))}{of}")
+        for name in ("epochs", "batch_size", "train_size"):
+            value = getattr(self, name)
+            if not (name == "train_size" and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not all(type(m) is int and m >= 0 for m in self.milestones) or list(self.milestones) != sorted(
+            self.milestones
+        ):
+            raise ValueError(f"milestones must be increasing epochs, got {self.milestones!r}")
+        if not (isinstance(self.gamma, (int, float)) and 0 < self.gamma <= 1):
+            raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        for name in ("final_lr", "warmup_init_lr"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+        if self.final_lr is not None and self.milestones:
+            raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
+        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be a whole number >= 0, got {self.warmup_steps!r}")
+        if self.warmup_steps and self.optimizer == "apollo":
+            raise ValueError("optimizer='apollo' warms up by itself: put warmup_steps into optimizer_args")
+
+    def but(self, **changes: Any) -> RunConfig:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return (
+            asdict(self) | {name: dict(getattr(self, name)) for name in _MAPPINGS} | {"milestones": [*self.milestones]}
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        return cls(**values)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the run: the same everywhere for the same configuration, data and algorithm.
+
+        Fields at their default do not enter, so that a new field leaves the keys of old runs alone.
+        """
+        default = {f.name: f.default for f in fields(self)}
+        what = {k: v for k, v in self.to_dict().items() if default[k] is MISSING or getattr(self, k) != default[k]}
+        what["data"] = data.identity(self.dataset)
+        what["version"] = [VERSION["train"], VERSION.get(self.optimizer, 1), VERSION.get(self.task, 1)]
+        canonical = json.dumps(what, sort_keys=True, separators=(",", ":"), default=list)
+        # 1 and 1.0 are one learning rate: numbers of the optimizer enter as floats.
+        canonical = json.dumps(_canonical(json.loads(canonical)), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """One line for people."""
+        args = ", ".join(f"{k}={v}" for k, v in dict(self.optimizer_args).items())
+        method = f"{self.wrapper} {self.optimizer}".strip()
+        return f"{self.dataset} {self.model} {method}({args}) {self.epochs} epochs, seed {self.seed}"
+
+
+_MAPPINGS = tuple(f.name for f in fields(RunConfig) if f.name.endswith("_args"))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _canonical(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_canonical(v) for v in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,332 @@
+"""One look for every figure: a colour per method, every seed visible, files that come out the same twice."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns  # type: ignore[import-untyped]
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from koala_lab import claims
+
+Array = np.ndarray[Any, Any]
+
+DPI = 100  # inline pictures stay readable and small
+
+# Colour-blind safe; one method keeps one colour in all figures of all papers.
+_SAFE = list(sns.color_palette("colorblind").as_hex())
+PALETTE: dict[str, str] = {
+    "koala_m": _SAFE[0],
+    "koala_v": _SAFE[9],
+    "koala_plus_plus": _SAFE[4],
+    "meka": _SAFE[2],
+    "apollo": _SAFE[3],
+    "apollow": "#e7298a",
+    "sgd": _SAFE[7],
+    "adam": _SAFE[1],
+    "adamw": _SAFE[5],
+    "adabelief": _SAFE[8],
+    "lookahead": _SAFE[6],
+    "radam": "#882255",
+    "adahessian": "#332288",
+    "paper": "#000000",
+}
+LABELS = {
+    "koala_m": "KOALA-M",
+    "koala_v": "KOALA-V",
+    "koala_plus_plus": "KOALA++",
+    "meka": "MEKA",
+    "apollo": "APOLLO",
+    "apollow": "ApolloW",
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "adabelief": "AdaBelief",
+    "radam": "RAdam",
+    "adahessian": "AdaHessian",
+    "sdlbfgs": "SdLBFGS",
+    "lookahead": "Lookahead",
+    "paper": "paper",
+}
+
+
+def style() -> None:
+    """Set the project's matplotlib style for this process."""
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        rc={
+            "figure.dpi": DPI,
+            "figure.figsize": (6.0, 3.6),
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "koala",
+        },
+    )
+
+
+def colour(method: str) -> str:
+    """Colour of a method; one without an entry gets the same spare colour everywhere."""
+    spare = sns.color_palette("tab20").as_hex()
+    return str(PALETTE.get(method, spare[zlib.crc32(method.encode()) % len(spare)]))
+
+
+def _shade(name: str, colours: Mapping[str, str] | None) -> str:
+    return colours[name] if colours else colour(name)
+
+
+def log_y(ax: Axes) -> None:
+    """A logarithmic y axis with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
+
+    Args:
+        ax: An axes on which all is drawn: the ticks are those of its present limits.
+    """
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
+    decades = range(first, last + 1, 1 + (last - first) // 8)
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
+        ticks = [digit * 10.0**k for k in decades for digit in digits if low <= digit * 10.0**k <= high]
+        if len(ticks) >= 3:
+            break
+    ax.yaxis.set(major_locator=FixedLocator(ticks), major_formatter="{x:g}", minor_locator=NullLocator())
+
+
+def label(method: str) -> str:
+    """Name of a method as the papers print it."""
+    return LABELS.get(method, method)
+
+
+def interval(values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of its t-interval.
+
+    Args:
+        values: One value a seed; NaN marks a failed run and is left out.
+        level: Coverage.
+
+    Returns:
+        Mean and half-width, both in the unit of the values; the half-width is NaN for fewer than two values.
+    """
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
+    if finite.size < 2:
+        return (float(finite.mean()) if finite.size else float("nan")), float("nan")
+    mean, low, _ = claims.interval(finite.tolist(), level)
+    return mean, mean - low
+
+
+def seeds(
+    data: pd.DataFrame,
+    *,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    order: Sequence[Any] | None = None,
+    colours: Mapping[str, str] | None = None,
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Every seed as a point, beside it the mean and its 95 % t-interval.
+
+    Args:
+        data: Tidy results, one row a run.
+        x: Column of the categories.
+        y: Column of the metric.
+        hue: Column of the methods; without it the categories are the methods.
+        order: Categories from left to right; default is the order of the data.
+        colours: Colour of each method or category where those of :func:`colour` do not tell them apart.
+        log: Take mean and interval of the logarithms, for values that are compared by their ratio.
+        ax: Where to draw; default is a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots()[1]
+    categories = list(order) if order is not None else list(dict.fromkeys(data[x]))
+    methods = list(dict.fromkeys(data[hue])) if hue else [None]
+    width = 0.8 / len(methods)
+    for m, method in enumerate(methods):
+        for c, category in enumerate(categories):
+            rows = data[(data[x] == category) & ((data[hue] == method) if hue else True)]
+            values = rows[y].to_numpy(dtype=float)
+            centre = c + (m - (len(methods) - 1) / 2) * width
+            shade = _shade(str(method if hue else category), colours)
+            spread = (np.arange(len(values)) - (len(values) - 1) / 2) * min(0.03, 0.2 / max(len(values), 1)) * width
+            ax.plot(centre - 0.1 * width + spread, values, "o", ms=4, alpha=0.6, mew=0, color=shade)
+            mean, half = interval(np.log(values) if log else values)
+            mean, low, high = np.exp([mean, mean - half, mean + half]) if log else (mean, mean - half, mean + half)
+            name = label(str(method)) if hue and c == 0 else None
+            bar = [[mean - low], [high - mean]]
+            ax.errorbar(centre + 0.1 * width, mean, bar, fmt="_", ms=10, lw=2, capsize=4, label=name, color=shade)
+    ax.set_xticks(range(len(categories)), [label(str(c)) for c in categories])
+    ax.set(xlim=(-0.5, len(categories) - 0.5), ylabel=y.replace("_", " "))
+    if hue:
+        ax.legend()
+    return ax
+
+
+def curves(
+    data: pd.DataFrame,
+    *,
+    metric: str,
+    hue: str = "optimizer",
+    colours: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Learning curves: every run thin, the mean over seeds thick.
+
+    Args:
+        data: What `koala_lab.runs.curves` returns: one row per run, epoch and metric.
+        metric: The one to draw.
+        hue: Column of the methods.
+        colours: As in :func:`seeds`.
+        ax: Where to draw; default is a new figure.
+
+    Returns:
+        The axes.
+    """
+    ax = ax or plt.subplots()[1]
+    for method, rows in data[data["metric"] == metric].groupby(hue, sort=False):
+        shade = _shade(str(method), colours)
+        for _, one in rows.groupby("key"):
+            ax.plot(one["epoch"], one["value"], lw=0.8, alpha=0.35, color=shade)
+        mean = rows.groupby("epoch")["value"].mean()
+        ax.plot(mean.index, mean.to_numpy(), lw=2, label=label(str(method)), color=shade)
+    ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    return ax
+
+
+def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
+    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
+
+    Args:
+        table: What `koala_lab.runs.table` returns.
+        losses: What `koala_lab.runs.curves` returns.
+        by: Column of both that names the rows of the table.
+        colours: Colour of each row, in the table's order.
+
+    Returns:
+        The figure.
+    """
+    names = list(dict.fromkeys(table["dataset"]))
+    fig, axes = plt.subplots(len(names), 2, figsize=(12, 3.6 * len(names)), squeeze=False)
+    for (left, right), name in zip(axes, names, strict=True):
+        here = table[table["dataset"] == name]
+        seeds(here, x=by, y="test_error", order=list(colours), colours=colours, ax=left)
+        curves(losses[losses["dataset"] == name], metric="train_loss", hue=by, colours=colours, ax=right)
+        left.set(title=f"{name}, n = {here['seed'].nunique()} seeds", ylabel="top-1 test error (%)")
+        left.tick_params(axis="x", rotation=25)
+        right.set(title=name, ylabel="training loss (nats)")
+        log_y(right)
+        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return fig
+
+
+def steps(
+    records: Mapping[str, pd.DataFrame],
+    panels: Mapping[str, tuple[str, str, str]],
+    *,
+    columns: int = 3,
+    window: int = 15,
+) -> Figure:
+    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+
+    Args:
+        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
+        panels: Title -> column drawn solid, column drawn dashed, unit.
+        columns: Panels side by side.
+        window: Steps of the running median.
+
+    Returns:
+        The figure.
+    """
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.9 * columns, 3.1 * rows), sharex=True, squeeze=False)
+    for ax, (title, (solid, dashed, unit)) in zip(axes.flat, panels.items(), strict=False):
+        for method, record in records.items():
+            x, smooth = record["step"], record.rolling(window, center=True, min_periods=1).median()
+            if solid in record:
+                ax.semilogy(x, record[solid], lw=0.6, alpha=0.4, color=colour(method))
+                ax.semilogy(x, smooth[solid], lw=2, color=colour(method), label=label(method))
+            if dashed in record:
+                ax.semilogy(x, smooth[dashed], lw=1.4, ls="--", color=colour(method))
+        ax.set(title=title, xlabel="step $k$", ylabel=unit)
+        log_y(ax)
+    axes.flat[0].legend()
+    return fig
+
+
+def contours(
+    ax: Axes, function: Callable[[Array], Array], x: tuple[float, float], y: tuple[float, float], lines: int = 10
+) -> None:
+    """Grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
+
+    Args:
+        ax: Where to draw.
+        function: Points (N, 2) to values (N,).
+        x: Range of the first variable.
+        y: Range of the second.
+        lines: How many.
+    """
+    first, second = np.meshgrid(np.linspace(*x, 100), np.linspace(*y, 100))
+    values = np.asarray(function(np.stack([first.ravel(), second.ravel()], axis=1))).reshape(first.shape)
+    levels = np.geomspace(values.min(), values.max(), lines + 2)[1:-1]
+    ax.contour(first, second, values, levels=levels, colors="0.8", linewidths=0.8)
+    ax.set(xlim=x, ylim=y)
+
+
+def ellipse(ax: Axes, mean: Array, covariance: Array, **line: Any) -> None:
+    """The points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
+    angle = np.linspace(0, 2 * np.pi, 200)
+    circle = np.stack([np.cos(angle), np.sin(angle)])
+    ax.plot(*(np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle), **line)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    packages = ("koala-lib", "torch", "numpy", "matplotlib")
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
+
+
+def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
+    """Write a figure as PNG and PDF with a JSON sidecar, then close it.
+
+    The files carry neither date nor software version: the same figure gives the same bytes.
+
+    Args:
+        fig: The figure.
+        stem: Path without suffix; missing folders are made.
+        origin: Where the figure comes from (runs, parameters, versions), JSON-able.
+
+    Returns:
+        The PNG file.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, pdf = stem.parent / f"{stem.name}.png", stem.parent / f"{stem.name}.pdf"
+    with mpl.rc_context({"savefig.bbox": "tight"}):
+        fig.savefig(png, dpi=DPI, metadata={"Software": None})
+        fig.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    with Image.open(png) as picture:  # 256 colours look the same and take a third of the bytes in a notebook
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
+    plt.close(fig)
+    sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
+    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    return png

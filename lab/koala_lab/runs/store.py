@@ -1,0 +1,203 @@
+"""The store of runs: one folder per run key, written atomically, trained once, collected into tables.
+
+``data/runs/<key>/run.json`` holds a finished run, ``checkpoint.pt`` an interrupted one. Results of the larger presets
+are committed in ``data/results/<preset>/<notebook>.json`` and count as finished too, so that nobody repeats them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from filelock import FileLock, Timeout
+
+from koala_lab import paths
+from koala_lab.config import RunConfig
+from koala_lab.runs.training import RunResult, train
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written (a full disk, say); what stood at ``path`` before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; nothing was lost, free some space and start again"
+        ) from error
+
+
+class Store:
+    """Finished runs by key.
+
+    Args:
+        root: the folder of the runs; the default is ``data/runs``, or ``KOALA_RUNS``.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root if root is not None else paths.runs_dir()
+        self._committed: dict[str, RunResult] | None = None
+
+    def get(self, key: str) -> RunResult | None:
+        """The finished run of that key, from the store or from the committed results; ``None`` if there is none."""
+        path = self.root / key / "run.json"
+        if path.exists():
+            try:
+                return RunResult.from_json(json.loads(path.read_text()))
+            except (ValueError, KeyError, TypeError) as error:
+                warn(f"{path} is damaged ({error}); the run will be repeated", stacklevel=2)
+                os.replace(path, path.with_suffix(".damaged"))
+        if self._committed is None:
+            files = sorted(paths.results_dir().glob("*/**/*.json"))  # a folder a preset
+            self._committed = {r.key: r for file in files for r in read_results(file)}
+        return self._committed.get(key)
+
+    def put(self, result: RunResult) -> None:
+        """Store a run and drop its checkpoint."""
+        write_json(self.root / result.key / "run.json", result.to_json())
+        self.checkpoint(result.key).unlink(missing_ok=True)
+
+    def checkpoint(self, key: str) -> Path:
+        return self.root / key / "checkpoint.pt"
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold a run for oneself: somebody else who wants it waits and then finds it done."""
+        folder = self.root / key
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            yield
+
+    def busy(self, key: str) -> bool:
+        """Whether somebody holds the run at this moment."""
+        folder = self.root / key
+        try:
+            with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
+                return False
+        except Timeout:
+            return True
+
+    def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
+        """The run of a configuration: found, or continued from its checkpoint, or trained.
+
+        Args:
+            config: what to train.
+            on_step: see :func:`koala_lab.runs.training.train`, as are ``options``.
+        """
+        key = config.key
+        if (result := self.get(key)) is not None:
+            return result
+        with self.lock(key):
+            result = self.get(key)
+            if result is None:
+                result = train(config, checkpoint=self.checkpoint(key), on_step=on_step, **options)
+                self.put(result)
+        return result
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    *,
+    store: Store | None = None,
+    device: str = "cpu",
+    progress: Callable[[int, int, RunConfig], None] | None = None,
+) -> list[RunResult]:
+    """Run a grid, skipping what is done, in the order given.
+
+    Args:
+        configs: the grid.
+        store: where runs are found and kept.
+        device: torch device to train on.
+        progress: called with (runs ready, runs in all, the next configuration) before each run.
+    """
+    store = store or Store()
+    results = []
+    for i, config in enumerate(configs):
+        if progress is not None:
+            progress(i, len(configs), config)
+        results.append(store.run(config, device=device))
+    return results
+
+
+# ---- committed results -------------------------------------------------------------------------------------------
+
+
+def results_file(preset: str, notebook: str) -> Path:
+    """Where the results of a notebook at a preset are committed."""
+    return paths.results_dir() / preset / f"{notebook}.json"
+
+
+def read_results(file: Path) -> list[RunResult]:
+    """The runs of one committed file; none if there is no such file."""
+    if not file.exists():
+        return []
+    try:
+        return [RunResult.from_json(record) for record in json.loads(file.read_text())["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no file of results ({error!r}): restore it from git") from error
+
+
+def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunResult]) -> None:
+    """Bring a committed file up to date: the finished runs of a grid, in its order; one writer at a time.
+
+    Runs that the grid no longer has (an older algorithm, another setting) go, or a table would show them twice. Runs of
+    the grid on another copy of the data stay, with the tag that says so.
+    """
+    paths.runs_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(paths.runs_dir() / "merge.lock"):
+        old = read_results(file)
+        have = {r.key: r for r in [*old, *results]}
+        configs = {c.key: c for c in grid}
+        tagged = [r for r in old if r.provenance["data"]["tag"] and r.config in configs.values()]
+        new = [have[key] for key in configs if key in have]
+        new += [r for r in tagged if r.key not in configs]
+        if new != old:
+            write_json(file, {"runs": [r.to_json() for r in new]})
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _columns(result: RunResult) -> dict[str, Any]:
+    fields = result.config.to_dict()
+    arguments: dict[str, Any] = fields.pop("optimizer_args")
+    return fields | arguments | {"key": result.key, "status": result.status}
+
+
+def table(results: Iterable[RunResult]) -> pd.DataFrame:
+    """One row per run: its configuration (optimizer arguments as columns), status and final metrics (NaN if failed)."""
+    import pandas as pd
+
+    return pd.DataFrame([_columns(r) | r.final for r in results])
+
+
+def curves(results: Iterable[RunResult]) -> pd.DataFrame:
+    """Tidy learning curves: one row per run, epoch (from 1) and metric, in column ``value``."""
+    import pandas as pd
+
+    rows = [
+        _columns(r) | {"epoch": i, "metric": metric, "value": value}
+        for r in results
+        for i, metrics in enumerate(r.epochs, start=1)
+        for metric, value in metrics.items()
+    ]
+    return pd.DataFrame(rows)

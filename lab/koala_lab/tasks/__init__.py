@@ -1,0 +1,27 @@
+"""What can be trained: each task owns its data and networks, :mod:`koala_lab.runs.training` owns the loop around it."""
+
+from __future__ import annotations
+
+import torch
+
+from koala_lab.config import RunConfig
+from koala_lab.tasks._base import Task, options
+from koala_lab.tasks.classification import Classification
+from koala_lab.tasks.gan import Gan
+from koala_lab.tasks.language_model import LanguageModel
+from koala_lab.tasks.translation import Translation
+
+__all__ = ["TASKS", "Task", "create"]
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "gan": Gan,
+    "language_model": LanguageModel,
+    "translation": Translation,
+}
+
+
+def create(config: RunConfig, device: torch.device) -> Task:
+    """The task of a configuration, its networks drawn from torch's generator as it stands."""
+    cls = TASKS[config.task]
+    return cls(config, device, **options(cls, config))

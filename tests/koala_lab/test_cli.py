@@ -1,0 +1,296 @@
+"""The command: listing, training what is missing within a time budget, merging, and the workflow on top of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from koala_lab import cli, paths, runs
+from koala_lab.config import RunConfig
+from koala_lab.report import build
+from koala_lab.runs.training import RunResult
+from tests.support.sandbox import Project
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+Trained = list[RunConfig]
+
+
+def koala(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture
+def trained(project: Project, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """A notebook with two runs at quick and three at desktop, and a training that takes no time and notes its calls."""
+    project.notebook("koala/20_tiny", grid=True)
+    project.notebook("koala/10_theory")
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\nn_seeds: 3\nlr: 0.5\n")
+    calls: Trained = []
+
+    def train(config: RunConfig, *, on_step: Callable[[int, int], None], **_: object) -> RunResult:
+        calls.append(config)
+        on_step(1, 1)
+        metrics = {"train_loss": 1.0, "test_loss": 1.0, "test_error": 10.0, "test_error_top5": 1.0, "lr": 0.1}
+        provenance = {"seconds": 100.0, "device": "cpu (x)", "data": {"tag": ""}}
+        return RunResult(config.key, config, "done", (metrics,), None, provenance)
+
+    monkeypatch.setattr(runs, "train", train)
+    return calls
+
+
+def merged(preset: str = "desktop") -> list[int]:
+    file = paths.results_dir() / preset / "koala" / "20_tiny.json"
+    return [r["config"]["seed"] for r in json.loads(file.read_text())["runs"]] if file.exists() else []
+
+
+def test_what_another_process_is_at_comes_last(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = koala("list", "--preset", "desktop").output.split()[0]
+    monkeypatch.setattr(runs.Store, "busy", lambda self, key: key == first)
+    assert koala("run", "--preset", "desktop").exit_code == 0
+    assert [c.seed for c in trained] == [1, 2, 0]
+    assert merged() == [0, 1, 2]
+
+
+def test_list_shows_one_line_a_run_and_its_status(trained: Trained) -> None:
+    assert koala("run", "--key", koala("list").output.split()[0]).exit_code == 0
+    lines = koala("list").stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["koala/20_tiny"] * 2
+    assert [line.split()[-1] for line in lines] == ["done", "pending"]
+    assert lines[0].split()[0] == trained[0].key
+    assert koala("list", "--pending").stdout.splitlines() == lines[1:]
+    assert len(koala("list", "--preset", "desktop").stdout.splitlines()) == 3
+    assert koala("list", "--preset", "paper").stdout == ""
+
+
+def test_list_ends_with_the_hours_that_pending_runs_will_take(trained: Trained) -> None:
+    unknown = koala("list", "--preset", "desktop").stderr
+    assert re.search(r"koala/20_tiny +3 runs, +3 pending +0\.0 h and 3 runs of unknown cost\n", unknown)
+    assert "'koala bench --step-times desktop --device cpu' measures them" in unknown
+    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
+    koala("run", "--preset", "desktop", "--key", keys[0])
+    known = koala("list", "--preset", "desktop").stderr.splitlines()
+    assert [re.sub(" +", " ", line) for line in known] == [
+        "koala/20_tiny 3 runs, 2 pending 0.1 h",  # 100 s each
+        "all 3 runs, 2 pending 0.1 h",
+    ]
+    assert "2 runs of unknown cost" in koala("list", "--preset", "desktop", "--device", "cuda").stderr
+
+
+def test_run_trains_each_run_once(trained: Trained) -> None:
+    assert "2 done, 0 failed, 0 broken, 0 left for later" in koala("run").output
+    assert "2 done" in koala("run", "--only", "koala/2*").output
+    assert "0 done" in koala("run", "--pending").output
+    assert [c.seed for c in trained] == [0, 1]
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_sentence(trained: Trained, device: str) -> None:
+    result = koala("run", "--device", device)
+    assert result.exit_code == 2
+    assert f"--device {device} cannot be used here" in result.output
+    assert trained == []
+
+
+def test_results_of_desktop_are_merged_and_those_of_quick_are_not(trained: Trained) -> None:
+    koala("run")
+    assert not paths.results_dir().exists()
+    keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
+    koala("run", "--preset", "desktop", "--key", keys[2])
+    assert merged() == [2]
+    koala("run", "--preset", "desktop")
+    assert merged() == [0, 1, 2]
+    before = (paths.results_dir() / "desktop" / "koala" / "20_tiny.json").read_bytes()
+    koala("run", "--preset", "desktop")
+    assert (paths.results_dir() / "desktop" / "koala" / "20_tiny.json").read_bytes() == before
+
+
+def test_runs_that_the_grid_no_longer_has_leave_the_merged_file(trained: Trained, project: Project) -> None:
+    koala("run", "--preset", "desktop")
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\nn_seeds: 2\nseed: 1\nlr: 0.5\n")
+    koala("run", "--preset", "desktop")
+    assert merged() == [1, 2]
+    assert len(trained) == 3
+
+
+def test_no_run_starts_that_would_not_fit_into_the_time_budget(trained: Trained) -> None:
+    output = koala(
+        "run", "--preset", "desktop", "--time-budget", "60"
+    ).output  # the first run shows that one takes 100 s
+    assert len(trained) == 1
+    assert "stopping: the next run needs about 100 s, 60 s are left" in output
+    assert "1 done, 0 failed, 0 broken, 2 left for later" in output
+    assert merged() == [0]
+    assert koala("run", "--preset", "desktop", "--pending", "--time-budget", "60").exit_code == 0
+    assert len(trained) == 1  # known from the stored run, though --pending leaves that one out
+    koala("run", "--preset", "desktop", "--pending", "--time-budget", "1000")
+    assert len(trained) == 3
+
+
+def test_a_diverged_run_is_a_result_with_its_own_exit_code(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(config: RunConfig, **_: object) -> RunResult:
+        return RunResult(config.key, config, "failed", (), 7, {"seconds": 1.0, "data": {"tag": ""}})
+
+    monkeypatch.setattr(runs, "train", diverge)
+    result = koala("run", "--preset", "desktop")
+    assert result.exit_code == cli.FAILED
+    assert "0 done, 3 failed, 0 broken" in result.output
+    assert merged() == [0, 1, 2]
+    assert koala("list", "--preset", "desktop").output.count("failed") == 3
+    assert koala("run", "--preset", "desktop").exit_code == cli.FAILED
+    assert koala("run", "--preset", "desktop", "--pending").exit_code == 0
+
+
+def test_a_broken_run_does_not_stop_the_others(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runs.train
+
+    def fragile(config: RunConfig, **options: object) -> RunResult:
+        if config.seed == 0:
+            raise MemoryError("too big")
+        return real(config, **options)
+
+    monkeypatch.setattr(runs, "train", fragile)
+    result = koala("run")
+    assert result.exit_code == 1
+    assert "broken: MemoryError: too big" in result.output
+    assert "1 done, 0 failed, 1 broken, 0 left for later" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "--preset", "huge"], "preset 'huge' is none of quick, desktop, paper"),
+        (["list", "--only", "meka/*"], "no notebook matches 'meka/*'; there are: koala/10_theory, koala/20_tiny"),
+        (["run", "--key", "abc"], "no run of preset quick has the key abc"),
+        (["notebook", "koala/99"], "no notebook 'koala/99'"),
+        (["notebook", "koala/20_tiny"], "-o OUTPUT.ipynb, or --in-place"),
+        (["notebook", "koala/20_tiny", "-o", "x.html"], "expected a name that ends in .ipynb"),
+        (["data", "imagenets"], "unknown data set 'imagenets'; did you mean 'imagenet'?"),
+        (["data", "imagenet"], "ImageNet (ILSVRC 2012) is not in"),
+    ],
+)
+def test_bad_input_ends_with_one_sentence(trained: Trained, arguments: list[str], message: str) -> None:
+    result = koala(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- report
+
+
+def test_the_report_names_every_notebook_and_shows_every_figure(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("koala/10_done", "koala/11_failed", "koala/12_missing"):
+        project.notebook(name)
+    (project.root / "data").mkdir()
+    (project.root / "data" / "claims").symlink_to(REPOSITORY / "data" / "claims")
+    executed = paths.report_dir() / "notebooks" / "koala"
+    executed.mkdir(parents=True)
+    (executed / "10_done.html").touch()
+    (executed / "11_failed.failed.ipynb").touch()
+    paths.figures_dir().mkdir()
+    sidecar = {"figure": "koala_f", "notebook": "koala/10_done", "runs": ["a", "b"]}
+    (paths.figures_dir() / "koala_f.json").write_text(json.dumps(sidecar))
+    page = build().read_text()
+    assert '<a href="notebooks/koala/10_done.html">koala/10_done</a>: ' in page
+    assert 'koala/11_failed: <span class="failed">failed</span>' in page
+    assert "koala/12_missing: not executed" in page
+    assert '<img src="figures/koala_f.png" alt="koala_f">' in page
+    assert "2 runs" in page
+    assert "<table>" in page
+    assert "not run yet" in page
+
+
+# ---------------------------------------------------------------- workflow
+
+
+def command(project: Project, *arguments: str) -> dict[str, Any]:
+    words = [sys.executable, "-m", "snakemake", "-s", str(REPOSITORY / "Snakefile"), "--cores", "1", *arguments]
+    environment = {**os.environ, "KOALA_ROOT": str(project.root), "XDG_CACHE_HOME": str(project.root / "cache")}
+    return {"args": words, "cwd": project.root, "env": environment}
+
+
+def snakemake(project: Project, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**command(project, *arguments), capture_output=True, text=True)
+
+
+def test_the_workflow_plans_a_job_for_each_notebook_and_at_desktop_for_each_run(project: Project) -> None:
+    project.notebook("koala/20_tiny", grid=True)
+    project.notebook("koala/10_theory")
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\nn_seeds: 3\n")
+    quick = snakemake(project, "-n")
+    assert quick.returncode == 0, quick.stderr
+    assert "notebook koala/20_tiny" in quick.stdout + quick.stderr
+    assert "notebook koala/10_theory" in quick.stdout + quick.stderr
+    desktop = snakemake(project, "-n", "--config", "preset=desktop")
+    plan = desktop.stdout + desktop.stderr
+    assert plan.count(": run ") == 3
+    assert plan.count(": notebook ") == 1
+    misspelt = snakemake(project, "-n", "--config", "presett=desktop")
+    assert misspelt.returncode != 0
+    assert "--config has no presett; it has preset and device" in misspelt.stdout + misspelt.stderr
+
+
+def test_a_killed_batch_goes_on_with_what_is_missing_from_its_checkpoint(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = project.notebook("koala/20_tiny", grid=True)
+    notebook.write_text(notebook.read_text().replace("epochs=1,", "epochs=1 + 3 * i,"))
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\n")
+    # Every python of the batch writes a checkpoint after every step.
+    (project.root / "sitecustomize.py").write_text(
+        "from koala_lab.runs.training import train\n\ntrain.__kwdefaults__['checkpoint_seconds'] = 0.0\n"
+    )
+    python_path = [str(project.root), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, python_path)))
+    [short, long] = cli.plan("desktop")["koala/20_tiny"]
+    store = runs.Store()
+    batch = [
+        "--workflow-profile",
+        str(REPOSITORY / "profiles" / "local"),
+        "--config",
+        "preset=desktop",
+        "--until",
+        "run",
+    ]
+
+    quiet = subprocess.DEVNULL
+    first = subprocess.Popen(**command(project, *batch), stdout=quiet, stderr=quiet, start_new_session=True)
+    checkpoint = store.checkpoint(long.key)
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert checkpoint.exists()
+    missing = [c for c in (short, long) if store.get(c.key) is None]
+    assert long in missing
+
+    plan = snakemake(project, "-n", *batch)
+    assert plan.returncode == 0, plan.stderr
+    shown = plan.stdout + plan.stderr
+    assert sorted(re.findall(r": run (\w+)", shown)) == sorted(c.key for c in missing)
+
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"seconds": 5000.0}, checkpoint)  # a run that started anew would not know
+    again = snakemake(project, *batch)
+    assert again.returncode == 0, again.stderr
+    result = store.get(long.key)
+    assert result is not None
+    assert result.provenance["seconds"] >= 5000
+    assert result.provenance["weights_sha256"] == runs.train(long).provenance["weights_sha256"]
+    assert not checkpoint.exists()
+    assert merged() == [0, 1]

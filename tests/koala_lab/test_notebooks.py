@@ -1,0 +1,204 @@
+"""The grammar of the notebooks, and that nbval would notice if one of them stopped being true."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from koala_lab import claims, paths
+from koala_lab import notebook as nb
+from koala_lab.notebook import execute
+from koala_lab.parameters import resolve
+
+NOTEBOOKS = nb.all_notebooks()
+PRESETS = sorted(paths.presets().rglob("*.yaml"))
+TAGS = {"parameters", "grid", "nbval-check-output"}
+CLAIM_ID = re.compile(r"(?<![\w./])(?:koala|meka|apollo)\.[a-z0-9_]+\.[a-z0-9_.]*[a-z0-9_](?![\w{*.])")
+
+USERS_LOOPS = {"00_start_here", "02_going_further"}  # these show the loops that users write
+
+each = pytest.mark.parametrize("name", NOTEBOOKS)
+
+
+def cells(name: str, kind: str = "code") -> list[Any]:
+    return [c for c in nbformat.read(NOTEBOOKS[name], as_version=4).cells if c.cell_type == kind]
+
+
+def tags(cell: Any) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def text_of(cell: Any) -> str:
+    """What nbval compares: streams and plain text."""
+    return "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+
+
+def test_there_are_notebooks() -> None:
+    assert {"00_start_here", "01_notation"} <= set(NOTEBOOKS)
+
+
+@each
+def test_the_parameters_cell_says_the_same_to_us_and_to_papermill(name: str) -> None:
+    schema = nb.declared_in(NOTEBOOKS[name])
+    seen = papermill.inspect_notebook(str(NOTEBOOKS[name]))
+    assert list(seen) == list(schema)
+    for p in schema.values():
+        assert seen[p.name]["inferred_type_name"] == p.kind
+        assert ast.literal_eval(seen[p.name]["default"]) == p.default
+    assert schema["preset"].default == "quick"
+    if nb.tagged_source(NOTEBOOKS[name], "grid"):
+        assert {"device", "seed", "n_seeds"} <= set(schema)
+
+
+@each
+def test_size_and_shape(name: str) -> None:
+    book, code = nbformat.read(NOTEBOOKS[name], as_version=4), cells(name)
+    assert len(book.cells) <= 25
+    for cell in code:
+        assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 15, cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.ClassDef), f"class {node.name} belongs into koala_lib"
+            if isinstance(node, ast.For | ast.While) and name not in USERS_LOOPS:
+                called = {
+                    n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+                }
+                assert "backward" not in called, "a training loop belongs into koala_lib"
+    assert Counter(t for c in book.cells for t in tags(c) if t != "nbval-check-output") <= Counter(TAGS)
+    assert {t for c in book.cells for t in tags(c)} <= TAGS
+    assert "parameters" in tags(code[0])
+    assert re.search(rf'= nb\.start\("{name}"\)$', code[1].source, re.M), (
+        'the second code cell ends with nb.start("...")'
+    )
+    for before, cell in zip([None, *book.cells], book.cells, strict=False):
+        introduced = cell.cell_type == "markdown" or before.cell_type == "markdown" or "grid" in tags(before)
+        assert introduced or cell in code[:2], f"no text before: {cell.source}"
+
+
+@each
+def test_the_first_cell_says_what_and_how_long_and_links_to_the_index(name: str) -> None:
+    first = cells(name, "markdown")[0].source
+    assert first.startswith("# ")
+    assert "quick" in first, "name the running time"
+    if name != "00_start_here":
+        assert "00_start_here.ipynb" in first
+
+
+@each
+def test_it_is_committed_executed_in_normal_form_without_traces_of_a_machine(name: str) -> None:
+    file = NOTEBOOKS[name]
+    book, content = nbformat.read(file, as_version=4), file.read_text(encoding="utf-8")
+    for number, cell in enumerate(cells(name), start=1):
+        assert cell.execution_count == number, "execute it: koala notebook NAME --in-place"
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", f"prints to stderr: {cell.source}"
+    assert nbformat.writes(execute.normal_form(book)) + "\n" == content
+    assert file.stat().st_size <= 300_000
+    assert not re.search(r"/(home|root|work|tmp|Users)/", content)
+
+
+@each
+def test_nbval_has_something_to_compare(name: str) -> None:
+    checked = [c for c in cells(name) if "nbval-check-output" in tags(c)]
+    assert checked
+    assert all(text_of(c).strip() for c in checked), "a checked cell prints nothing"
+
+
+# ---------------------------------------------------------------- claims
+
+ALL_CLAIMS = {i: c for f in sorted(paths.claims_dir().glob("*.yaml")) for i, c in claims.load(f.stem).items()}
+
+
+def judged(name: str) -> list[str]:
+    """Claims in the stored verdict table."""
+    verdicts = [text_of(c) for c in cells(name) if ".verdicts()" in c.source]
+    return [w for text in verdicts for line in text.splitlines() if (w := line.split(" ")[0]) in ALL_CLAIMS]
+
+
+@each
+def test_claim_ids_in_a_notebook_exist(name: str) -> None:
+    named = {i for c in cells(name) + cells(name, "markdown") for i in CLAIM_ID.findall(c.source)}
+    assert named <= set(ALL_CLAIMS)
+
+
+@each
+def test_a_notebook_judges_exactly_its_claims(name: str) -> None:
+    assert set(judged(name)) == {i for i, c in ALL_CLAIMS.items() if c.notebook == name}
+
+
+# ---------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda f: f"{f.relative_to(paths.presets())}")
+def test_a_preset_overrides_parameters_that_exist_with_the_right_types(file: Path) -> None:
+    preset, name = file.relative_to(paths.presets()).with_suffix("").as_posix().split("/", 1)
+    assert preset in ("desktop", "paper")
+    schema = nb.declared_in(NOTEBOOKS[name])
+    given = nb.overrides(NOTEBOOKS[name], preset)
+    resolve(schema, given)
+    assert any(given[p] != schema[p].default for p in given if p != "preset"), "a preset is another scale"
+    grid = nb.grid_of(NOTEBOOKS[name], preset)
+    assert len({c.key for c in grid}) == len(grid)
+    # YAML 1.1 reads 010 as 8, 1_0 as 10, 3:30 as 210 and `on` as True; YAML 1.2 and people do not.
+    plain = yaml.load(file.read_text(), yaml.BaseLoader)
+    for parameter, value in given.items():
+        if not isinstance(value, str | list):
+            text = plain[parameter]
+            assert text in ("true", "false", "null") or re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", text), text
+
+
+# ---------------------------------------------------------------- nbval
+
+
+def nbval(folder: Path) -> dict[str, str]:
+    """Outcome of each notebook of a folder under nbval."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "--nbval-current-env",
+        "-rA",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run([*command, "."], cwd=folder, env=environment, capture_output=True, text=True)
+    outcome = dict.fromkeys((f.stem for f in folder.glob("*.ipynb")), "passed")
+    assert re.search(r"\d+ passed", done.stdout), done.stdout + done.stderr
+    for line in re.findall(r"^(?:FAILED|ERROR) \S*?(\w+)\.ipynb", done.stdout, re.M):
+        outcome[line] = "failed"
+    return outcome
+
+
+def flip(source: Path, target: Path) -> None:
+    """Copy a notebook with one digit changed in the output of a checked cell."""
+    book = nbformat.read(source, as_version=4)
+    checked = [c for c in book.cells if "nbval-check-output" in tags(c)]
+    stream = next(o for c in checked for o in c.outputs if re.search(r"\d", o.get("text", "")))
+    stream.text = re.sub(r"\d", lambda m: str((int(m[0]) + 1) % 10), stream.text, count=1)
+    nbformat.write(book, target)
+
+
+def test_nbval_fails_when_a_stored_digit_is_changed(tmp_path: Path) -> None:
+    cell = nbformat.v4.new_code_cell("print(f'{1 / 3:.3f}')", metadata={"tags": ["nbval-check-output"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "plain.ipynb")
+    (tmp_path / "nbval").mkdir()
+    (tmp_path / "nbval" / "pytest.ini").write_text("[pytest]\n")
+    made = tmp_path / "nbval" / "made.ipynb"
+    execute.execute(tmp_path / "plain.ipynb", made, {})
+    flip(made, made.with_stem("made_flipped"))
+    flip(NOTEBOOKS["01_notation"], made.with_stem("real_flipped"))
+    assert nbval(made.parent) == {"made": "passed", "made_flipped": "failed", "real_flipped": "failed"}

@@ -13,9 +13,10 @@ from koala_lab import paths
 from koala_lab.claims import replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LAB = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
 ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
-PIP_ONLY = {"snakemake", "pytorch-optimizer"}  # come with `pip: -e .[all]`
+PIP_ONLY = {"snakemake", "pytorch-optimizer"}  # come with `pip: -e ./lab[all]`
 ON_CLUSTERS = {"slurm"}  # extras that are not part of `all`
 
 
@@ -24,24 +25,30 @@ def _split(requirement: str) -> tuple[str, str]:
     return name.lower().replace("_", "-"), bound
 
 
-def test_environment_yml_has_the_requirements_of_pyproject_with_the_same_bounds() -> None:
-    extras = PROJECT["optional-dependencies"]
+def test_environment_yml_has_the_requirements_of_both_distributions_with_the_same_bounds() -> None:
+    extras = LAB["optional-dependencies"]
     listed = [r for extra, requirements in extras.items() if extra not in {"all", *ON_CLUSTERS} for r in requirements]
-    wanted = dict(map(_split, PROJECT["dependencies"] + listed))
+    wanted = dict(map(_split, LIBRARY["dependencies"] + LAB["dependencies"] + listed))
+    assert wanted.pop("koala-lib") == ""
     wanted = {ON_CONDA_FORGE.get(n, n): bound for n, bound in wanted.items() if n not in PIP_ONLY}
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     *conda, last = dependencies
-    assert last == {"pip": ["-e .[all]"]}
+    assert last == {"pip": ["-e .", "-e ./lab[all]"]}
     given = dict(map(_split, conda))
     assert given.pop("pip") == ""
-    assert given.pop("python") == PROJECT["requires-python"]
+    assert given.pop("python") == LIBRARY["requires-python"] == LAB["requires-python"]
     assert given == wanted
 
 
+def test_the_library_needs_torch_alone_and_the_two_distributions_share_a_version() -> None:
+    assert [_split(r)[0] for r in LIBRARY["dependencies"]] == ["torch"]
+    assert LIBRARY["version"] == LAB["version"]
+
+
 def test_all_is_all_extras_but_those_for_clusters() -> None:
-    extras = dict(PROJECT["optional-dependencies"])
+    extras = dict(LAB["optional-dependencies"])
     [everything] = extras.pop("all")
-    assert everything == f"koala-lib[{','.join(e for e in extras if e not in ON_CLUSTERS)}]"
+    assert everything == f"koala-lab[{','.join(e for e in extras if e not in ON_CLUSTERS)}]"
 
 
 def test_every_make_target_has_a_line_of_help() -> None:
@@ -61,8 +68,8 @@ def test_profiles_name_options_of_snakemake() -> None:
 
 def test_citation_names_the_version_and_the_three_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == PROJECT["version"]
-    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["version"] == LIBRARY["version"]
+    assert citation["license"] == LIBRARY["license"] == "Apache-2.0"
     text = (ROOT / "CITATION.cff").read_text()
     for identifier in ("10.1609/aaai.v36i6.20599", "arXiv:2011.04803", "arXiv:2009.13586"):
         assert identifier in text

@@ -3,8 +3,8 @@
 The weights are a hidden state, the minibatch loss is a noisy observation of a target risk, and the gradient is the
 observation's Jacobian. :class:`KoalaV` lets the weights drift at random (Algorithm 1), :class:`KoalaM` adds velocities
 (eqs. 16-21). The recursions of the covariance are in :mod:`koala_lib.kalman`; ``koala_lib/reference/koala.py`` holds
-the same optimizers as slow loops in the paper's symbols. "Released row N" points to the table of differences between paper and
-released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7.
+the same optimizers as slow loops in the paper's symbols. "Released row N" points to the table of differences between
+paper and released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``, section 7.
 """
 
 from __future__ import annotations

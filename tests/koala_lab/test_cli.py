@@ -23,7 +23,7 @@ from koala_lab.report import build
 from koala_lab.runs.training import RunResult
 from tests.support.sandbox import Project
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 Trained = list[RunConfig]
 
 
@@ -46,7 +46,7 @@ def trained(project: Project, monkeypatch: pytest.MonkeyPatch) -> Trained:
         provenance = {"seconds": 100.0, "device": "cpu (x)", "data": {"tag": ""}}
         return RunResult(config.key, config, "done", (metrics,), None, provenance)
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr("koala_lab.runs.store.train", train)
     return calls
 
 
@@ -142,7 +142,7 @@ def test_a_diverged_run_is_a_result_with_its_own_exit_code(trained: Trained, mon
     def diverge(config: RunConfig, **_: object) -> RunResult:
         return RunResult(config.key, config, "failed", (), 7, {"seconds": 1.0, "data": {"tag": ""}})
 
-    monkeypatch.setattr(runs, "train", diverge)
+    monkeypatch.setattr("koala_lab.runs.store.train", diverge)
     result = koala("run", "--preset", "desktop")
     assert result.exit_code == cli.FAILED
     assert "0 done, 3 failed, 0 broken" in result.output
@@ -160,7 +160,7 @@ def test_a_broken_run_does_not_stop_the_others(trained: Trained, monkeypatch: py
             raise MemoryError("too big")
         return real(config, **options)
 
-    monkeypatch.setattr(runs, "train", fragile)
+    monkeypatch.setattr("koala_lab.runs.store.train", fragile)
     result = koala("run")
     assert result.exit_code == 1
     assert "broken: MemoryError: too big" in result.output

@@ -254,7 +254,7 @@ def test_run_shows_progress_to_a_person_and_leaves_one_stable_line(
     def train(config: RunConfig, **_: object) -> RunResult:
         return RunResult(config.key, config, "failed" if config.seed else "done", (), provenance={})
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr("koala_lab.runs.store.train", train)
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: Line())
     monkeypatch.delenv("KOALA_BATCH", raising=False)
     results = context().run(grid)
@@ -267,7 +267,7 @@ def test_verdicts_are_printed_and_written_for_the_scoreboard(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project.root / "data").mkdir()
-    (project.root / "data" / "claims").symlink_to(Path(__file__).resolve().parent.parent / "data" / "claims")
+    (project.root / "data" / "claims").symlink_to(Path(__file__).resolve().parents[2] / "data" / "claims")
     known = claims.load("koala").values()
     claim = next(c for c in known if "quick" in c.judge and c.judge["quick"].test == "holds")
     other = next(c for c in known if "paper" in c.judge and "quick" not in c.judge)

@@ -127,7 +127,7 @@ def test_numbers_are_words_of_num2words_and_no_number_is_in_two_parts() -> None:
 
 def test_tokens_are_the_same_in_every_process(folder: Path) -> None:
     code = (
-        "import hashlib, sys; from koala_lib import data; pairs = data.load_pairs('numbers');"
+        "import hashlib, sys; from koala_lab import data; pairs = data.load_pairs('numbers');"
         "print(hashlib.sha256(pairs.train[0].tokens.numpy().tobytes() + pairs.test[1].tokens.numpy().tobytes())"
         ".hexdigest(), pairs.identity)"
     )

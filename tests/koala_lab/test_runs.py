@@ -37,7 +37,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         seen.append(config)
         return result_of(config)
 
-    monkeypatch.setattr(runs, "train", train)
+    monkeypatch.setattr("koala_lab.runs.store.train", train)
     return seen
 
 
@@ -92,7 +92,7 @@ def test_a_full_disk_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*run.json: No space left on device; nothing was lost"):
         store.put(result_of(CONFIG, error=1.0))
     assert store.get(CONFIG.key) == result_of(CONFIG)

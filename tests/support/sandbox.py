@@ -35,7 +35,7 @@ class Project:
         """A notebook: parameters cell, start cell, perhaps a grid, then the given code; a last line ``# checked``
         tags a cell for nbval."""
         code = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
-        code.append(new_code_cell(f"from koala_lib import nb\n\nrun = nb.start({name!r})"))
+        code.append(new_code_cell(f"from koala_lab import notebook as nb\n\nrun = nb.start({name!r})"))
         if grid:
             code.append(new_code_cell(GRID, metadata={"tags": ["grid"]}))
         for source in cells:

@@ -47,7 +47,8 @@ def step_times(configs: Iterable[RunConfig], *, device: str = "cpu", seconds: fl
 
     Returns:
         One row a kind: ``kind`` (:func:`koala_lab.bench.cost.kind`), ``batch``, the samples of the largest step that
-        was timed, ``of`` those of a whole one, and ``seconds`` of a whole one by sample (image, token, pair of sentences).
+        was timed, ``of`` those of a whole one, and ``seconds`` of a whole one by sample (image,
+        token, pair of sentences).
         Each step is the median of three.
     """
     kinds = {cost.kind(config): config for config in configs}

@@ -1,6 +1,9 @@
 """The papers' numbers as data, and what measurements say about them."""
 
 from koala_lab.claims.judge import (
+    BEGIN,
+    END,
+    NOT_RUN,
     PRESETS,
     STATUSES,
     Claim,
@@ -20,7 +23,8 @@ from koala_lab.claims.judge import (
 )
 
 __all__ = [
-    "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "available", "combine", "interval",
+    "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
+    "Claim", "Criterion", "Verdict", "available", "combine", "interval",
     "judge", "load", "read", "replace_block",
     "save", "saved", "scoreboard", "table",
 ]  # fmt: skip

@@ -211,7 +211,7 @@ def test_own_rates_are_chosen_by_validation(bar: Path) -> None:
     ("grid", "reason"),
     [
         ({0.01: 5.0, 0.1: 3.5, 1.0: 3.0}, "the best rate of b, 1, lies at the edge of its grid"),
-        ({0.01: 5.0, 0.1: 2.5}, "the rate of b cannot be chosen: 2 of at least 3 candidate rates"),
+        ({0.01: 5.0, 0.1: 2.5}, "unequal numbers of candidate rates: a 3, b 2"),
         ({0.01: 5.0, 0.1: 2.5, 1.0: 9.0, 10.0: 9.5}, "unequal numbers of candidate rates: a 3, b 4"),
         ({0.01: 5.0, 0.1: math.nan, 1.0: 9.0}, "the best rate of b, 0.01, lies at the edge of its grid"),
     ],

@@ -51,15 +51,19 @@ def judge_table(frame: pd.DataFrame, claims: Iterable[Claim], preset: str) -> li
         if not set(rows) <= here:
             continue
         wanted = frame[frame["dataset"] == claim.dataset] if claim.dataset and preset == "paper" else frame
-        cases = {name: _judge_case(case, claim, rows, preset) for name, case in _split(wanted, rows)}
+        cases = {name: _judge_case(case, claim, rows, preset) for name, case in _split(wanted, rows, claim.metric)}
         if cases:
             found.append(combine(cases))
     return found
 
 
-def _split(frame: pd.DataFrame, rows: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
-    """The cases of a claim, by name: data sets and networks on which all its rows were run."""
-    found = [(key, case) for key, case in _by_case(frame) if set(rows) <= set(case["row"])]
+def _split(frame: pd.DataFrame, rows: tuple[str, ...], metric: str) -> list[tuple[str, pd.DataFrame]]:
+    """The cases of a claim, by name: data sets and networks on which its rows were run and have the metric."""
+    found = []
+    for key, case in _by_case(frame):
+        values = case.loc[case["row"].isin(rows) & (case["status"] == "done"), metric]
+        if set(rows) <= set(case["row"]) and (values.empty or values.notna().any()):
+            found.append((key, case))
     datasets = [dataset for (dataset, _), _ in found]
     return [(f"{d} {model}" if datasets.count(d) > 1 else d, case) for (d, model), case in found]
 
@@ -101,8 +105,10 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
     unequal = len(set(budgets.values())) > 1
     text = ", ".join(f"{row} {n}" for row, n in budgets.items())
     doubt = f"unequal numbers of candidate rates: {text}" if unequal else ""
-    chosen = {}
+    chosen: dict[str, Choice] = {}
     for row, rule in how.items():
+        if rule not in ("printed", "own") and rule not in found:
+            raise ValueError(f"{row} takes the rate of {rule}, which is no row of this table")
         if rule == "printed":
             chosen[row] = Choice(0, _candidates(case[case["row"] == row]).get(0, math.nan))
         elif rule == "own":

@@ -173,9 +173,8 @@ def judge(
         names = claim.arms if arms is not None else ("values",)
         samples = {row: _seeds(claim, row, source) for row in names}
         outcome = _judge_seeds(claim, criterion, preset, samples)
-        if claim.kind == "range" and outcome.status != INCONCLUSIVE:
-            doubt = doubt or _unresolved(samples, step, cut)
-    if doubt and outcome.status != INCONCLUSIVE:
+        doubt = doubt or (_unresolved(samples, step, cut) if claim.kind == "range" else "")
+    if doubt and outcome.measured != "–":
         outcome = outcome._replace(status=INCONCLUSIVE, detail=doubt, share="")
     at = ANY if claim.scale_free else preset
     status, text, n, detail, counted, share = outcome

@@ -216,7 +216,7 @@ def _checked(claim: Claim, at: str) -> Claim:
         (exact and not claim.scale_free, "judge", f"what is {claim.kind} has no scale: give one test under {ANY!r}"),
         (bool(claim.rates) and not ordering, "rates", "only for an ordering"),
         (
-            not {*claim.rates.values()} <= {*RATES, *claim.arms} or not {*claim.rates} <= {*claim.arms},
+            not {*claim.rates} <= {*claim.arms} or not all(isinstance(how, str) for how in claim.rates.values()),
             "rates",
             f"expected {', '.join(RATES)} or a row, for rows of the claim; got {dict(claim.rates)!r}",
         ),

@@ -48,7 +48,7 @@ def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str
         if count:
             texts.append(_wrap(f"{_at(at)}: {count} {status}{': ' + why if why else ''}", ""))
     if claims:
-        texts.append(f"{len(claims)} claims")
+        texts.append(f"{len(claims)} claims in all")
     return "\n".join(texts) or "nothing judged"
 
 
@@ -57,7 +57,10 @@ def _at(preset: str) -> str:
 
 
 def _short(detail: str) -> str:
-    return "" if detail.startswith("the claim lists") else detail.split(" (")[0]
+    """Why nothing is decided, in words that several claims share."""
+    if detail.startswith("the claim lists"):
+        return ""
+    return "the interval cannot tell" if "% interval)" in detail else detail
 
 
 def _sentence(v: Verdict) -> str:

@@ -558,7 +558,7 @@ def test_conditions() -> None:
     assert judge(c, preset="quick", holds=True).status == "reproduced"
     verdict = judge(c, preset="quick", holds={"x": np.bool_(True), "y": False, "z": True})
     assert (verdict.status, verdict.measured, verdict.detail) == ("mixed", "2 of 3 hold", "fails: y")
-    assert verdict.outcome == "mixed (2 of 3)"
+    assert verdict.outcome == "mixed (2 of 3 reproduced)"
     assert judge(c, preset="quick", holds={"y": False}).status == "contradicted"
     exact = claim("holds", expected=None, kind="exact", judge={"any": Criterion("holds")})
     verdict = judge(exact, preset="desktop", holds={"x": True, "y": False})  # one counter-example is enough
@@ -754,8 +754,8 @@ def test_data_sets_are_not_pooled() -> None:
     assert agree.n == 5
     assert agree.measured == f"one {verdict(worse).measured}; two {verdict(worse).measured}"
     one, other = claims.combine({"one": verdict(worse), "two": verdict(same)}), {"one": verdict(same)}
-    assert (one.outcome, one.status) == ("mixed (1 of 2)", "mixed")
+    assert (one.outcome, one.status) == ("mixed (1 of 2 reproduced)", "mixed")
     assert one.measured.startswith("one reproduced +1.020")
     assert "; two inconclusive " in one.measured
-    assert claims.combine({"one": verdict(same), "two": verdict(worse)}).outcome == "mixed (1 of 2)"
+    assert claims.combine({"one": verdict(same), "two": verdict(worse)}).outcome == "mixed (1 of 2 reproduced)"
     assert claims.combine(other).status == "inconclusive"

@@ -74,7 +74,7 @@ def test_a_limit_is_read_from_growing_horizons(horizons: Any, status: str) -> No
 def test_cases_of_a_limit_are_combined() -> None:
     limit = claim("vanishes", 0.5, at="any", kind="limit")
     falls, stalls = {1: 1.0, 10: 0.1, 100: 0.01}, {1: 1.0, 10: 1.0, 100: 1.0}
-    assert judge(limit, preset="quick", measured={"x": falls, "y": stalls}).outcome == "mixed (1 of 2)"
+    assert judge(limit, preset="quick", measured={"x": falls, "y": stalls}).outcome == "mixed (1 of 2 reproduced)"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_claim_finds_its_rows_and_its_metric(bar: Path) -> None:
     frame = runs({"a": around(2), "b": around(3), "other": around(50)})
     verdict = verdict_of(frame, ordering())
     assert (verdict.status, verdict.n) == ("reproduced", 5)
-    assert verdict.setting == "digits, resnet8, 5 epochs; printed rates"
+    assert (verdict.setting, verdict.rates) == ("digits, resnet8, 5 epochs", "as printed")
     low = ordering(subject="b", against=("a", "other"))
     assert verdict_of(frame, low).status == "contradicted"
     for other in (ordering(against=("c",)), ordering(metric="train_loss"), claim("holds")):
@@ -152,8 +152,8 @@ def test_a_claim_finds_its_rows_and_its_metric(bar: Path) -> None:
 def test_data_sets_are_judged_apart_and_combined(bar: Path) -> None:
     frame = pd.concat([runs({"a": around(2), "b": around(3)}), runs({"a": around(9), "b": around(8)}, dataset="fashion")])
     verdict = verdict_of(frame, ordering())
-    assert verdict.outcome == "mixed (1 of 2)"
-    assert verdict.setting.startswith("digits, resnet8, 5 epochs; printed rates; fashion, resnet8")
+    assert verdict.outcome == "mixed (1 of 2 reproduced)"
+    assert verdict.setting == "digits, resnet8, 5 epochs; fashion, resnet8, 5 epochs"
     only = runs({"a": around(2)}, dataset="another")  # no case: row b is missing
     assert verdict_of(pd.concat([frame, only]), ordering()) == verdict
 
@@ -200,7 +200,7 @@ def test_own_rates_are_chosen_by_validation(bar: Path) -> None:
     frame = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0})
     verdict = verdict_of(frame, ordering(rates={"a": "own", "b": "own"}))
     assert verdict.status == "reproduced"
-    assert verdict.setting.endswith("rates by validation: a 0.1, b 0.1")
+    assert verdict.rates == "by validation: a 0.1, b 0.1"
     assert float(verdict.measured.split()[0]) == pytest.approx(np.mean(around(2.5)) - np.mean(around(2.0)), abs=1e-3)
     printed = verdict_of(frame, ordering())  # the first candidates
     assert float(printed.measured.split()[0]) == pytest.approx(np.mean(around(5.0)) - np.mean(around(4.0)), abs=1e-3)
@@ -224,7 +224,7 @@ def test_a_rate_that_is_not_chosen_fairly_decides_nothing(bar: Path, grid: dict[
 def test_a_row_may_take_the_rate_of_another(bar: Path) -> None:
     frame = tuned({0.01: 5.0, 0.1: 3.5, 1.0: 2.2})
     verdict = verdict_of(frame, ordering(rates={"a": "own", "b": "a"}))
-    assert verdict.setting.endswith("a 0.1, b 0.1")
+    assert verdict.rates == "by validation: a 0.1, b 0.1"
     missing = verdict_of(tuned({0.2: 5.0}), ordering(rates={"a": "own", "b": "a"}))
     assert missing.detail == "b was not trained at the rate of a, 0.1"
 

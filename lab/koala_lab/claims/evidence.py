@@ -77,11 +77,12 @@ def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset:
     choices = choose(case, claim.rates, rows)
     used = {row: case[(case["row"] == row) & (case["candidate"] == choices[row].candidate)] for row in rows}
     doubt = next(filter(None, (choices[row].doubt for row in rows)), "") or unlearned(case, preset)
-    setting = f"{describe(case[case['row'].isin(rows)])}{_rates(choices, claim)}"
+    shown = case[case["row"].isin(rows)]
+    told = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, claim)}
     samples = {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
     if claim.kind == "value":
-        return judge(claim, preset=preset, values=samples[claim.row], doubt=doubt, setting=setting)
-    return judge(claim, preset=preset, arms=samples, doubt=doubt, setting=setting)
+        return judge(claim, preset=preset, values=samples[claim.row], **told)
+    return judge(claim, preset=preset, arms=samples, **told)
 
 
 # ---- rates
@@ -150,9 +151,10 @@ def _same(case: pd.DataFrame, row: str, other: str, choice: Choice) -> Choice:
 
 
 def _rates(choices: Mapping[str, Choice], claim: Claim) -> str:
-    if any(how != "printed" for how in claim.rates.values()):
-        return "; rates by validation: " + ", ".join(f"{row} {c.lr:g}" for row, c in choices.items() if c.lr == c.lr)
-    return "; printed rates" if claim.kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
+    taken = {row: c.lr for row, c in choices.items() if claim.rates.get(row, "printed") != "printed"}
+    if taken:
+        return "by validation: " + ", ".join(f"{row} {lr:g}" for row, lr in taken.items())
+    return "as printed" if claim.kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:

@@ -64,7 +64,8 @@ def _short(detail: str) -> str:
 
 
 def _sentence(v: Verdict) -> str:
-    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}"
+    rates = f"; rates {v.rates}" if v.rates else ""
+    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}{rates}"
 
 
 def _wrap(text: str, indent: str) -> str:
@@ -214,7 +215,8 @@ def _verdict_row(claim: Claim, v: Verdict) -> str:
     mark = " †" if claim.fragile and v.preset in (PRESETS[0], ANY) else ""
     why = f"; {v.detail}" if v.status == MIXED else ""
     says, n = f"{claim.paper}{kind}", f"{v.n} {v.counted}"
-    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, v.setting or "–")
+    on = "; ".join(filter(None, (v.setting, v.rates and f"rates {v.rates}"))) or "–"
+    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, on)
 
 
 def _status(claim: Claim, preset: str, judged: _Judged) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import venv
 from pathlib import Path
 
+import pytest
 import yaml
 
 from koala_lab import paths
@@ -56,6 +61,55 @@ def test_every_make_target_has_a_line_of_help() -> None:
     targets = set(re.findall(r"^\.PHONY: (.*)$", text, re.M)[0].split()) - {"FORCE"}
     shown = subprocess.run(["make", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"^make (\w+) +\S", shown, re.M)) == targets
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Makefile and an environment whose packages are installed from there, as `make setup` leaves it."""
+    folder = tmp_path_factory.mktemp("a checkout")
+    for name in ("lab", ".ci"):
+        (folder / name).mkdir()
+    for name in ("Makefile", ".ci/environment.py", "pyproject.toml", "lab/pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    for package in ("koala_lib", "lab/koala_lab"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+    venv.create(folder / ".venv", symlinks=True)
+    [site] = (folder / ".venv" / "lib").glob("python*/site-packages")
+    (site / "pip").mkdir()
+    (site / "pip" / "__init__.py").touch()
+    (site / "editable.pth").write_text(f"{folder}\n{folder / 'lab'}\n")
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+def setup_says(folder: Path, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH", "MAKEFLAGS", "PYTHONPATH")}
+    command = ["make", "-n", "-C", folder, "setup", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_keeps_an_environment_that_is_whole(checkout: Path) -> None:
+    for arguments in ((), (f"PYTHON={sys.executable}",)):
+        assert "Nothing to be done" in setup_says(checkout, *arguments)
+
+
+def test_make_notices_an_environment_that_cannot_be_used(checkout: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy, symlinks=True)
+    rebuilt = "rm -rf .venv"
+    assert f'.venv belongs to {checkout}; it is made anew" && {rebuilt}' in setup_says(copy)
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 3.99\n")
+    other.chmod(0o755)
+    assert f'and not 3.99; it is made anew" && {rebuilt}' in setup_says(checkout, f"PYTHON={other}")
+    [site] = (copy / ".venv" / "lib").glob("python*/site-packages")
+    (site / "editable.pth").write_text(f"{tmp_path / 'moved'}\n")
+    assert f'.venv belongs to a folder that is gone; it is made anew" && {rebuilt}' in setup_says(copy)
+    shutil.rmtree(site / "pip")
+    assert f'.venv has no pip; it is made anew" && {rebuilt}' in setup_says(copy)
+    (copy / ".venv" / "bin" / "python").unlink()
+    assert f'.venv does not run; it is made anew" && {rebuilt}' in setup_says(copy)
 
 
 def test_profiles_name_options_of_snakemake() -> None:

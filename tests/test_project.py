@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,13 +10,15 @@ import subprocess
 import sys
 import tomllib
 import venv
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from koala_lab import paths
-from koala_lab.claims import replace_block
+from koala_lab import overview, paths
+from koala_lab.claims import BEGIN, END, replace_block
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -65,7 +68,7 @@ def test_every_make_target_has_a_line_of_help() -> None:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Makefile and an environment whose packages are installed from there, as `make setup` leaves it."""
+    """A folder with a Makefile and an environment whose packages come from there, as `make setup` leaves it."""
     folder = tmp_path_factory.mktemp("a checkout")
     for name in ("lab", ".ci"):
         (folder / name).mkdir()
@@ -135,7 +138,54 @@ def test_the_readme_has_one_scoreboard_block_that_the_report_can_refresh() -> No
     assert "| new |" in replace_block(text, "| new |")
 
 
+def test_the_readme_is_short_and_its_code_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+    names = {"model": model, "x": x, "y": y, "loss_fn": torch.nn.CrossEntropyLoss(reduction="none")}
+    exec(code, names)
+    assert names["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item(), abs=1.0)
+
+
+@cache
+def files_and_folders() -> set[str]:
+    found = {Path(name) for name in os.listdir(ROOT)} - {Path(".venv"), Path(".git")}
+    found |= {file.relative_to(ROOT) for folder in found for file in (ROOT / folder).rglob("*")}
+    return {path.as_posix() for path in found}
+
+
+@pytest.mark.parametrize("page", ["README.md", "SCOREBOARD.md", "CONTRIBUTING.md"])
+def test_what_a_page_links_to_and_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link} - {""}
+    inline = {
+        word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|toml|yaml|yml|ipynb)$", word)
+    }
+    for path in links | inline:
+        assert any(f"/{name}".endswith("/" + path.rstrip("/")) for name in files_and_folders()), path
+
+
+def test_the_picture_shows_the_count_rows_of_the_readme() -> None:
+    rows = list(overview.count_rows((ROOT / "README.md").read_text()))
+    assert [row._asdict() for row in rows] == json.loads((ROOT / "figures" / "overview.json").read_text())["rows"]
+    assert sum(row.counts["reproduced"] for row in rows) > 0
+    table = f"{BEGIN}\n| claims | preset | reproduced | contradicted | not run yet |\n|---|---|---|---|---|\n"
+    table += f"| MEKA, 7 | quick | 2 | 0 | 5 |\n|  | paper | 0 | 0 | 7 |\n{END}"
+    assert list(overview.count_rows(table)) == [("MEKA", 7, "quick", {"reproduced": 2})]
+
+
 def test_a_test_run_has_a_store_and_a_report_of_its_own() -> None:
     for folder in (paths.runs_dir(), paths.report_dir(), paths.figures_dir()):
         assert not folder.is_relative_to(ROOT)
         assert folder.parent == paths.runs_dir().parent  # the one that conftest.py made, on every worker
+
+
+def test_the_workflow_runs_what_ci_runs_with_the_torch_of_the_makefile() -> None:
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "ci.yml").read_text(), yaml.BaseLoader)
+    assert set(workflow["on"]) == {"push", "pull_request"}
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    [torch] = re.findall(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert job["env"]["TORCH"] == f"{torch} --index-url https://download.pytorch.org/whl/cpu"
+    assert f"{torch} --index-url" in (ROOT / "README.md").read_text()

@@ -47,7 +47,7 @@ lab: setup ## open JupyterLab on the notebooks
 bench: setup ## time and memory of a step of each optimizer and of a training step, with the goals beside them
 	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) bench --training-step
 
-figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
+figures: setup ## refresh what is committed: notebook outputs, figures/, SCOREBOARD.md and the counts in README.md
 	find notebooks -name '*.ipynb' -not -path '*/.*' -not -name '*.failed.ipynb' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
 	  xargs -0 -n 1 -P $(JOBS) $(KOALA) notebook --in-place
 	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --readme

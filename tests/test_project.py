@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 
-from koala_lab import overview, paths
+from koala_lab import paths
 from koala_lab.claims import BEGIN, END, replace_block
+from koala_lab.report import overview
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -152,7 +153,7 @@ def test_the_readme_is_short_and_its_code_runs() -> None:
 def files_and_folders() -> set[str]:
     found = {Path(name) for name in os.listdir(ROOT)} - {Path(".venv"), Path(".git")}
     found |= {file.relative_to(ROOT) for folder in found for file in (ROOT / folder).rglob("*")}
-    return {path.as_posix() for path in found}
+    return {path.as_posix() for path in found} | {p.with_suffix("").as_posix() for p in found if p.suffix == ".ipynb"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "SCOREBOARD.md", "CONTRIBUTING.md"])
@@ -167,12 +168,17 @@ def test_what_a_page_links_to_and_names_is_there(page: str) -> None:
 
 
 def test_the_picture_shows_the_count_rows_of_the_readme() -> None:
-    rows = list(overview.count_rows((ROOT / "README.md").read_text()))
+    rows = overview.count_rows((ROOT / "README.md").read_text())
     assert [row._asdict() for row in rows] == json.loads((ROOT / "figures" / "overview.json").read_text())["rows"]
     assert sum(row.counts["reproduced"] for row in rows) > 0
-    table = f"{BEGIN}\n| claims | preset | reproduced | contradicted | not run yet |\n|---|---|---|---|---|\n"
-    table += f"| MEKA, 7 | quick | 2 | 0 | 5 |\n|  | paper | 0 | 0 | 7 |\n{END}"
-    assert list(overview.count_rows(table)) == [("MEKA", 7, "quick", {"reproduced": 2})]
+    head = "| paper | scale | reproduced | contradicted | not run yet |\n|---|---|---|---|---|"
+    lines = "| MEKA, 7 claims | quick | 2 | 0 | 5 |\n|  | paper | 0 | 0 | 7 |"
+    exact = "3 exact statements (2 reproduced, 1 contradicted); 4 identities (4 reproduced)."
+    table = f"{BEGIN}\n{head}\n{lines}\n\n- MEKA, without a scale, settled once: {exact}\n{END}"
+    assert overview.count_rows(table) == [
+        ("MEKA", 7, "exact", {"reproduced": 6, "contradicted": 1}),
+        ("MEKA", 7, "quick", {"reproduced": 2}),
+    ]
 
 
 def test_a_test_run_has_a_store_and_a_report_of_its_own() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,21 +24,27 @@ class Row(NamedTuple):
     counts: dict[str, int]
 
 
-def count_rows(readme: str) -> Iterator[Row]:
-    """Read the count rows between the scoreboard markers of a README.
+def count_rows(readme: str) -> list[Row]:
+    """Read the counts between the scoreboard markers of a README.
 
-    Yields:
-        One row per paper and preset with a verdict, in the order of the table.
+    Returns:
+        One row per paper and scale with a verdict, paper by paper, what has no scale first.
     """
     block = readme.split(claims.BEGIN)[1].split(claims.END)[0]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")]
-    header, _, *lines = cells[: next((i for i, line in enumerate(cells) if line[0] == "claim"), len(cells))]
-    name, total = "", "0"
-    for first, preset, *numbers in lines:
-        name, total = first.split(", ") if first else (name, total)
+    header, _, *lines = cells
+    found: dict[str, list[Row]] = {}
+    name, total = "", 0
+    for first, scale, *numbers in lines:
+        if first:
+            name, total = first.split(",")[0], int(re.findall(r"\d+", first)[0])
         counts = {s: int(n) for s, n in zip(header[2:], numbers, strict=True) if s in COLOURS and int(n)}
-        if counts:
-            yield Row(name, int(total), preset, counts)
+        found.setdefault(name, []).extend([Row(name, total, scale, counts)] * bool(counts))
+    for name, text in re.findall(r"^- (\w+), without a scale, settled once: (.*)", block, re.MULTILINE):
+        counts = {s: sum(map(int, re.findall(rf"(\d+) {s}\b", text))) for s in COLOURS}
+        total = sum(map(int, re.findall(r"\d+", re.sub(r"\(.*?\)", "", text))))
+        found.setdefault(name, []).insert(0, Row(name, total, "exact", {s: n for s, n in counts.items() if n}))
+    return [row for rows in found.values() for row in rows]
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -69,6 +75,6 @@ def draw(rows: list[Row]) -> Figure:
 
 def save() -> Path:
     """Draw ``figures/overview.png`` from the README as it stands, with the numbers in its sidecar."""
-    rows = list(count_rows((paths.ROOT / "README.md").read_text(encoding="utf-8")))
+    rows = count_rows((paths.ROOT / "README.md").read_text(encoding="utf-8"))
     origin = {"drawn from": "README.md", "rows": [row._asdict() for row in rows], "versions": plots.versions()}
     return plots.save(draw(rows), paths.figures_dir() / "overview", origin)

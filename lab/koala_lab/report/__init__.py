@@ -10,8 +10,9 @@ from pathlib import Path
 
 import mistune
 
-from koala_lab import claims, overview, paths
+from koala_lab import claims, paths
 from koala_lab import notebook as nb
+from koala_lab.report import overview
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -23,13 +23,13 @@ from koala_lib.step_size import RULES, PredictedChange
 
 
 def _in_eigenbasis(hessian: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
+    """Return the eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
     h, basis = torch.linalg.eigh(hessian)
     return h, (basis * (matrix @ basis)).sum(0)
 
 
 def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    r"""e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
+    r"""Return e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
 
     With :math:`A = I - \alpha H` and :math:`M_t = E[\nabla f_t \nabla f_t^\top]`, and :math:`C_t = -(I - A^t) \Sigma /
     (t + 1)` for the expectation of the gradient times the filter's error,
@@ -68,7 +68,7 @@ def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size:
 
 
 def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    """e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
+    """Return e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
 
     Noise zero is gradient descent.
     """
@@ -82,7 +82,9 @@ def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: floa
 
 
 def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
-    """Where :func:`sgd_excess` settles: 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis; alpha < 2 / L.
+    """Return the limit of :func:`sgd_excess`, 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis.
+
+    It exists for alpha < 2 / L.
 
     >>> sgd_floor(torch.eye(1), torch.eye(1), step_size=1.0)
     0.5
@@ -92,7 +94,7 @@ def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
 
 
 def excess_limit(hessian: Tensor, noise: Tensor) -> float:
-    """The limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
+    """Return the limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
 
     Late in the run theta_t follows the zero of the filtered gradient, m = 0, whose gradient has the covariance P_t.
 
@@ -103,7 +105,7 @@ def excess_limit(hessian: Tensor, noise: Tensor) -> float:
 
 
 def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> float:
-    """E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), which (24) takes to be 0; derived.
+    """Return E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), 0 in (24); derived.
 
     >>> cross_term(torch.eye(1), torch.eye(1), step_size=0.5, t=1)
     -0.25
@@ -115,7 +117,7 @@ def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> floa
 def one_step_bound(
     excess: Tensor, hessian: Tensor, noise: Tensor, step_size: float, *, with_cross_term: bool
 ) -> Tensor:
-    r"""The right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
+    r"""Return the right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
 
     Printed: :math:`(1 - \alpha\mu) e_t + \frac{L\alpha^2}2 \mathrm{tr} P_t` with :math:`P_t = \Sigma/(t+1)`. With the
     cross term: :math:`(1 - \alpha\mu) e_t + \frac{C}{t+1}`, :math:`C = \alpha (1 - \frac{L\alpha}2) \mathrm{tr}\Sigma`
@@ -123,7 +125,9 @@ def one_step_bound(
 
     Args:
         excess: e_0, ..., e_T, (T + 1,).
-        hessian, noise, step_size: H, Sigma, alpha.
+        hessian: H.
+        noise: Sigma.
+        step_size: alpha.
         with_cross_term: which of the two.
 
     Returns:
@@ -142,12 +146,12 @@ class HyperbolicBound(NamedTuple):
     constant: float
 
     def at(self, t: Tensor) -> Tensor:
-        """constant / t, elementwise, in float64."""
+        """Return constant / t, elementwise, in float64."""
         return self.constant / t.double()
 
 
 def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
-    """a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
+    """Iterate a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
 
     >>> lemma_sequence(0.5, 1.0, 4.0, 2)
     tensor([4., 3., 2.], dtype=torch.float64)
@@ -159,7 +163,7 @@ def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
 
 
 def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
-    """The constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
+    """Return the constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
 
     t_0 is the first index with c - (1 - c) / t > 0, and M = max(t_0 a_{t_0}, d / (c - (1 - c) / t_0)). Then
     M (c - (1 - c) / t) >= d for t >= t_0 (31), so that a_t <= M / t implies a_{t+1} <= M / (t + 1) (32).
@@ -180,7 +184,7 @@ def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
 
 
 def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float) -> HyperbolicBound:
-    """Proposition 1 with its constants: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
+    """Evaluate Proposition 1: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
 
     Raises:
         ValueError: unless 0 < alpha <= 1 / L, or where alpha mu = 1, for which the lemma says nothing.
@@ -197,7 +201,7 @@ def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_siz
 
 
 def descend(problem: NoisyQuadratic, steps: int, step_size: float | str, **options: Any) -> Tensor:
-    """Runs on the noisy quadratic, side by side: f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
+    """Run on the noisy quadratic, side by side; return f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
 
     Arguments and errors are those of :func:`trajectories`, which gives the weights.
     """
@@ -215,7 +219,7 @@ def trajectories(
     seed: int = 0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Runs on the noisy quadratic, side by side.
+    """Run on the noisy quadratic, side by side.
 
     Args:
         problem: the problem.

@@ -40,7 +40,7 @@ bench: setup ## time and memory of a step of each optimizer and of a training st
 figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
 	find notebooks -name '*.ipynb' -not -path '*/.*' -not -name '*.failed.ipynb' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
 	  xargs -0 -n 1 -P $(JOBS) $(KOALA) notebook --in-place
-	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --readme
+	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --refresh
 
 clean: ## remove the report and all caches; keeps .venv, downloads and runs
 	rm -rf report .snakemake .pytest_cache .hypothesis .mypy_cache .ruff_cache build *.egg-info

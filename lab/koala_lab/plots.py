@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from koala_lab import claims
+from koala_lab.files import write_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -328,5 +329,5 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
-    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    write_bytes(stem.parent / f"{stem.name}.json", f"{sidecar}\n".encode())
     return png

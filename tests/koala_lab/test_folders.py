@@ -13,7 +13,6 @@ from PIL import Image
 
 from koala_lab import data
 from koala_lab import notebook as nb
-from koala_lab.bench import tasks as bench_runs
 from koala_lab.config import RunConfig
 from koala_lab.data.folders import FOLDERS, Photographs, RandomArea, centre_crop, listing, random_crop
 from koala_lab.runs.training import train
@@ -305,13 +304,6 @@ def test_resnext50_trains_two_steps_with_images_held_out(photographs: Path) -> N
     )
     assert result.status == "done"
     assert "validation_error" in result.final
-
-
-def test_step_times_of_photographs_are_measured_on_random_pixels(photographs: Path) -> None:
-    with bench_runs.random_data(5):
-        loaded = data.load("imagenet", device="cpu")
-        assert loaded.train_images.shape == (5, 3, SIZE, SIZE)
-        assert next(iter(batches(loaded)))[0].shape == (4, 3, SIZE, SIZE)
 
 
 # --- Table 1 of the APOLLO paper --------------------------------------------------------------------------------------

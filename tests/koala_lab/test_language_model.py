@@ -306,7 +306,7 @@ def test_the_state_is_carried_through_an_epoch_and_starts_anew_with_the_next() -
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    run = train._Run(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
+    run = train.TrainingRun(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():
         for _ in range(3):
@@ -317,7 +317,7 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
 def test_pieces_are_means_of_consecutive_steps() -> None:
     config = TINY.but(task_args={"sequence_length": 16, "pieces": 3}, train_size=1300)  # ten steps
     seen: list[float] = []
-    run = train._Run(config, torch.device("cpu"))
+    run = train.TrainingRun(config, torch.device("cpu"))
     run.task.network.train()
     for window in run.task.batches(0):
         before = run.sums.clone()

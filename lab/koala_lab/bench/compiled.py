@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from koala_lab.bench.timing import Row, interleave, spread
-from koala_lab.bench.traffic import Factory, step, synthetic
+from koala_lab.bench.traffic import Factory, image_network, step, synthetic, with_gradients
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
 if TYPE_CHECKING:
@@ -162,24 +163,24 @@ def _memory(device: str) -> int:
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
-_FIRST_STEP = """
-import sys, time
-from koala_lib import bench, bench_fused, traffic
-params = bench.with_gradients(bench.image_network(sys.argv[1], device=sys.argv[3]).parameters())
-optimizer = bench_fused.FUSED[sys.argv[2]](params)
-start = time.perf_counter()
-traffic.step(optimizer)
-print(time.perf_counter() - start)
-"""
+def first_step(model: str, optimizer: str, device: str) -> float:
+    """Return the seconds of the first step of an optimizer of ``FUSED``, in which its passes are compiled."""
+    job = partial(step, FUSED[optimizer](with_gradients(image_network(model, device=device).parameters())))
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
 
 
 def compile_time(model: str = "resnet18", *, device: str = "cpu") -> list[Row]:
-    """Seconds of an optimizer's first step in a new process: without a cache of compiled code, and with the one that
-    this left (torch keeps it on disk)."""
+    """Time an optimizer's first step, in seconds, in two new processes.
+
+    The first has no cache of compiled code, the second the one that the first left on the disk.
+    """
     rows = []
     for name in ("KOALA-V, compiled", "KOALA-M, compiled", "APOLLO, compiled"):
         with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, "-c", _FIRST_STEP, model, name, device]
+            script = f"from koala_lab.bench import compiled; print(compiled.first_step{(model, name, device)!r})"
+            command = [sys.executable, "-c", script]
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
             seconds = [float(subprocess.check_output(command, env=environment, text=True)) for _ in range(2)]
         rows.append({"model": model, "optimizer": name, "cold_seconds": seconds[0], "warm_seconds": seconds[1]})

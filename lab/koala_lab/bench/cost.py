@@ -1,7 +1,7 @@
-"""What runs will take: from finished runs of the same kind, else from step times that ``koala bench`` has measured.
+"""What runs will take, from finished runs of the same kind.
 
-All of it is proportional: seconds = seconds a sample * samples of an epoch * epochs. A finished run also counts its
-evaluations, a measured step does not. Nothing is guessed for a kind of run that was never measured.
+All of it is proportional: seconds = seconds per sample * samples of an epoch * epochs, evaluations included. Nothing is
+guessed for a kind of run of which none has finished.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
-from koala_lab.bench import steps as bench
 from koala_lab.config import RunConfig
 from koala_lab.runs.training import RunResult
 
@@ -60,17 +59,11 @@ class Costs:
     """Seconds of runs on one kind of device.
 
     Args:
-        results: finished runs; those of another kind of device are passed over.
+        results: Finished runs; those of another kind of device are passed over.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Attributes:
-        measured: where the step times were measured (:func:`koala_lab.bench.steps.provenance`), empty without any.
     """
 
     def __init__(self, results: Iterable[RunResult] = (), *, device: str = "cpu") -> None:
-        section = bench.stored(device).get("step_times", {"provenance": {}, "rows": []})
-        self.measured: dict[str, Any] = section["provenance"]
-        self._steps = {row["kind"]: [row["seconds"]] for row in section["rows"]}
         self._runs: dict[str, list[float]] = {}
         self._device = device.partition(":")[0]
         for result in results:
@@ -84,14 +77,13 @@ class Costs:
             self._runs.setdefault(kind(result.config), []).append(rate)
 
     def seconds(self, config: RunConfig, choose: Callable[[list[float]], float] = median) -> float | None:
-        """What a run takes, from its first step to its last; ``None`` if nothing like it was measured.
+        """Estimate a run from its first step to its last; ``None`` if nothing like it has finished.
 
         Args:
-            config: the run.
-            choose: one of the rates of finished runs of its kind.
+            config: The run.
+            choose: Takes one of the rates of finished runs of its kind.
         """
-        size, name = samples(config), kind(config)
-        rates = self._runs.get(name) or self._steps.get(name)
+        size, rates = samples(config), self._runs.get(kind(config))
         return choose(rates) * size * config.epochs if rates and size else None
 
 

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koala_lab import models, paths
+from koala_lab import paths
 from koala_lab.bench import compiled as bench_fused
 from koala_lab.bench import meka as bench_meka
 from koala_lab.bench.timing import Row, interleave, now, spread
-from koala_lab.bench.traffic import Factory, memory, peak, step, synthetic, with_gradients
+from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, synthetic, with_gradients
 from koala_lab.config import RunConfig
-from koala_lab.runs import write_json
-from koala_lab.runs.training import _Run
+from koala_lab.files import write_json
+from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
 CONTENDERS: dict[str, Factory] = {
@@ -58,12 +58,6 @@ TRAINED: dict[str, Factory] = {
     "KOALA-M": lambda p: KoalaM(p, 1e-9, weight_decay=5e-4, formulas="released"),
     "KOALA-M, compiled": bench_fused.FUSED["KOALA-M, released, compiled"],
 }
-
-
-def image_network(name: str, *, device: str = "cpu") -> nn.Module:
-    """A network of the classification runs as they train it, channels last, for 100 classes of 32x32 images."""
-    network = models.build(name, num_classes=100).to(device)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 # ---------------------------------------------------------------- time
@@ -246,8 +240,8 @@ def training_jobs(
 
 
 def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
-    """A training epoch without its evaluation, as a job of :func:`interleave`; every call goes on with the next one."""
-    run = _Run(config, torch.device(device))
+    """Return a function that trains one further epoch per call, without evaluating; a job of :func:`interleave`."""
+    run = TrainingRun(config, torch.device(device))
 
     def job() -> None:
         run.begin_epoch()

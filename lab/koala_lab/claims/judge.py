@@ -29,7 +29,9 @@ import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
 
 from koala_lab import paths
-from koala_lab.claims.schema import PRESETS, TESTS, Claim, Criterion, read
+from koala_lab.claims.schema import TESTS, Claim, Criterion, read
+from koala_lab.files import write_json
+from koala_lab.parameters import PRESETS
 
 __all__ = [
     "PRESETS", "STATUSES", "Claim", "Criterion", "Verdict", "available", "combine", "interval",
@@ -275,11 +277,8 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 def save(verdicts: Iterable[Verdict], notebook: str) -> Path:
     """Write one notebook's verdicts to ``report/verdicts/<notebook>.json``."""
     path = paths.report_dir() / "verdicts" / f"{notebook}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"verdicts": [asdict(v) for v in verdicts]}, indent=1, ensure_ascii=False)
-    temporary = path.with_suffix(".tmp")  # renamed: a reader never sees half a file
-    temporary.write_text(text + "\n", encoding="utf-8")
-    return temporary.replace(path)
+    write_json(path, {"verdicts": [asdict(v) for v in verdicts]})
+    return path
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:

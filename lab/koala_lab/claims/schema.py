@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-PRESETS = ("quick", "desktop", "paper")
+from koala_lab.parameters import PRESETS
+
 KINDS = {
     "value": ("value",),
     "ordering": ("better", "no_worse", "on_par", "insensitive"),

@@ -8,7 +8,6 @@ from koala_lab.runs.store import (
     results_file,
     run_all,
     table,
-    write_json,
 )
 from koala_lab.runs.training import RunResult, train
 
@@ -22,5 +21,4 @@ __all__ = [
     "run_all",
     "table",
     "train",
-    "write_json",
 ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from koala_lab.baselines.registry import OWN_FORWARD, SECOND_ORDER
-from koala_lab.config import PRECISIONS, RunConfig
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Task(ABC):
     """One kind of training. A subclass takes its own options as keywords after ``device`` (``task_args``).
 
     Attributes:
+        datasets: names of the data sets that it can be trained on.
+        networks: its networks by name.
         config: the run.
         losses: names of the entries of what :meth:`step` returns.
         data: the data set; a result records its ``title``, ``tag`` and ``identity``.
@@ -34,6 +39,8 @@ class Task(ABC):
             inputs and targets; an optimizer that runs the forward pass itself needs it.
     """
 
+    datasets: ClassVar[Collection[str]]
+    networks: ClassVar[Mapping[str, Callable[..., nn.Module]]]
     losses: tuple[str, ...] = ("train_loss",)
 
     config: RunConfig
@@ -103,12 +110,6 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """The precision of a run, as a context for forward passes."""
     precision = PRECISIONS[config.precision]
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def check_clip_norm(clip_norm: float) -> None:
-    """Refuse what is no finite number >= 0."""
-    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
-        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
 
 
 def closure_step(

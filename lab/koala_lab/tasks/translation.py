@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from koala_lab import data
-from koala_lab.config import RunConfig
+from koala_lab.checks import check_number, check_whole
 from koala_lab.data.formats import Array
 from koala_lab.data.pairs import EOS, PAD
 from koala_lab.models.beam import beam_search
 from koala_lab.models.translation import TRANSLATION_MODELS, EncoderDecoder
-from koala_lab.tasks._base import Task, autocast, check_clip_norm
+from koala_lab.tasks._base import Task, autocast
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
 
 SHOWN = 3  # translations that a result quotes
 
@@ -61,6 +64,9 @@ class Translation(Task):
         ValueError: for an option out of range.
     """
 
+    datasets = data.PAIRS
+    networks = TRANSLATION_MODELS
+
     def __init__(
         self,
         config: RunConfig,
@@ -73,9 +79,14 @@ class Translation(Task):
         length_penalty: float = 0.6,
         test_size: int | None = None,
     ) -> None:
-        whole = {"max_tokens": max_tokens, "beam": beam, "test_size": test_size}
-        _check(config, whole, label_smoothing, length_penalty)
-        check_clip_norm(clip_norm)
+        check_whole("max_tokens", max_tokens, 1, also=(None,))
+        check_whole("beam", beam, 1)
+        check_whole("test_size", test_size, 1, also=(None,))
+        check_number("label_smoothing", label_smoothing, "in [0, 1)")
+        check_number("clip_norm", clip_norm)
+        check_number("length_penalty", length_penalty)
+        if config.augment:
+            raise ValueError("augment=True: there are no crops of a sentence")
         self.config, self.device = config, device
         self.label_smoothing, self.clip_norm, self.test_size = label_smoothing, clip_norm, test_size
         self.beam, self.length_penalty = beam, length_penalty
@@ -197,15 +208,3 @@ def lengths(pairs: tuple[data.Sentences, data.Sentences]) -> Array:
 
 def _batch(pairs: tuple[data.Sentences, data.Sentences], index: Array) -> Batch:
     return Batch(pairs[0].padded(index), pairs[1].padded(index), int(pairs[1].lengths[index].sum()))
-
-
-def _check(config: RunConfig, whole: dict[str, int | None], label_smoothing: float, length_penalty: float) -> None:
-    for name, value in whole.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing < 1):
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
-    if not (isinstance(length_penalty, int | float) and 0 <= length_penalty < math.inf):
-        raise ValueError(f"length_penalty must be a finite number >= 0, got {length_penalty!r}")
-    if config.augment:
-        raise ValueError("augment=True: there are no crops of a sentence")

@@ -177,7 +177,7 @@ def test_a_broken_run_does_not_stop_the_others(trained: Trained, monkeypatch: py
         (["notebook", "koala/99"], "no notebook 'koala/99'"),
         (["notebook", "koala/20_tiny"], "-o OUTPUT.ipynb, or --in-place"),
         (["notebook", "koala/20_tiny", "-o", "x.html"], "expected a name that ends in .ipynb"),
-        (["data", "imagenets"], "unknown data set 'imagenets'; did you mean 'imagenet'?"),
+        (["data", "imagenets"], "data set 'imagenets' is unknown; known are"),
         (["data", "imagenet"], "ImageNet (ILSVRC 2012) is not in"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from koala_lab import data
-from koala_lab.bench.cost import SAMPLES, Costs, minutes, samples
+from koala_lab.bench.cost import Costs, minutes, samples
 from koala_lab.config import RunConfig
 from koala_lab.data import DataError
 from koala_lab.runs.training import RunResult
@@ -94,12 +94,7 @@ def test_a_batch_system_is_asked_for_twice_the_time_and_a_day_at_most() -> None:
 def test_sizes_are_those_of_the_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pooch.retrieve", lambda *_, **__: pytest.skip(f"{name} is not here"))
     try:
-        if name in data.DATASETS:
-            size = len(data.load(name).train_labels)
-        elif name in data.TEXTS:
-            size = len(data.load_text(name).train)
-        else:
-            size = len(data.load_pairs(name).train[0])
+        size = data.load(name).size
     except DataError as error:
         pytest.skip(str(error))
-    assert size == SAMPLES[name]
+    assert size == data.DATASETS[name].samples

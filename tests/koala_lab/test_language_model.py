@@ -340,7 +340,7 @@ def test_pieces_change_nothing_else() -> None:
 
 def test_metrics_of_the_beginning_of_a_text() -> None:
     task = task_of(TINY.but(task_args={"sequence_length": 16, "evaluation_size": 100}))
-    whole = data.load_text("pydoc-topics", train_size=1500)
+    whole = data.load("pydoc-topics", train_size=1500)
     for part in ("validation", "test"):
         assert torch.equal(getattr(task.data, part), getattr(whole, part)[:100])
     assert torch.equal(task.data.train, whole.train)
@@ -370,9 +370,9 @@ def slow_mean_nats(task: LanguageModel, text: list[int]) -> float:
 
 @each_network
 def test_metrics_against_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = data.load_text("pydoc-topics")
+    whole = data.load("pydoc-topics")
     short = data.TextData(**vars(whole) | {"test": whole.test[:403], "validation": whole.validation[:197]})
-    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: short)
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: short)
     task = task_of(TINY.but(model=name, model_args=SMALL[name]))
     network = task.network.eval()
     with torch.no_grad():
@@ -414,8 +414,8 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_words_have_no_bits_per_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = data.TextData(**vars(data.load_text("pydoc-topics", train_size=1500)) | {"unit": "word"})
-    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: words)
+    words = data.TextData(**vars(data.load("pydoc-topics", train_size=1500)) | {"unit": "word"})
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: words)
     task = task_of()
     assert set(task.evaluate(task.network)) == {"test_loss", "perplexity", "validation_loss", "unigram_loss"}
 

@@ -11,28 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
+from koala_lab import data
 from koala_lab.config import RunConfig
 from koala_lab.runs.training import RunResult
-
-# What train_size counts (images, tokens, pairs of sentences) in the whole training part. WMT14's depends on the copy.
-SAMPLES = {
-    "digits": 1_297,
-    "mnist5k": 4_000,
-    "mnist5k-t10k": 5_000,
-    "mnist": 60_000,
-    "fashion-mnist": 60_000,
-    "cifar10": 50_000,
-    "cifar100": 50_000,
-    "imagenet32": 1_281_167,
-    "imagenet": 1_281_167,
-    "tinyshakespeare": 1_003_855,
-    "wikitext-2": 2_088_628,
-    "wikitext-2-valid": 195_881,
-    "one-billion-words": 829_250_940,  # as published, both ends of a sentence included
-    "numbers": 3_000,
-    "multi30k": 29_000,
-    "wmt14-en-de": 4_500_000,
-}
 
 
 def kind(config: RunConfig) -> str:
@@ -51,7 +32,7 @@ def samples(config: RunConfig) -> int | None:
     """Samples of a training epoch, dropped last batches included; ``None`` for a data set of unknown size."""
     if config.train_size is not None:
         return config.train_size
-    whole = SAMPLES.get(config.dataset)
+    whole = data.DATASETS[config.dataset].samples
     return whole and whole - dict(config.task_args).get("validation_size", 0)
 
 

@@ -45,7 +45,7 @@ class Classification(Task):
         ValueError: if a batch is larger than the training set, or one of the sizes is impossible.
     """
 
-    datasets = (*data.DATASETS, *data.FOLDERS)
+    datasets = data.names(data.Images, data.Folders)
     networks = models.MODELS
 
     def __init__(

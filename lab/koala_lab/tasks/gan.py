@@ -58,7 +58,7 @@ class Gan(Task):
         ValueError: for an option out of range, or a configuration that makes no sense for a GAN.
     """
 
-    datasets = data.DATASETS
+    datasets = data.names(data.Images)
     networks = GANS
     losses: tuple[str, ...] = ("discriminator_loss", "generator_loss", "generator_loss_negative")
     network: Dcgan

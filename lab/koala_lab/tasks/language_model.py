@@ -58,7 +58,7 @@ class LanguageModel(Task):
         ValueError: for an option out of range, or a text shorter than one window.
     """
 
-    datasets = data.TEXTS
+    datasets = data.names(data.Text)
     networks = LANGUAGE_MODELS
 
     def __init__(
@@ -79,7 +79,7 @@ class LanguageModel(Task):
             raise ValueError("augment=True: there are no crops of a text")
         self.config, self.device = config, device
         self.sequence_length, self.clip_norm = sequence_length, clip_norm
-        self.data = data.load_text(config.dataset, device=device, train_size=config.train_size)
+        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
         if evaluation_size:
             parts = {name: getattr(self.data, name)[:evaluation_size] for name in ("validation", "test")}
             self.data = replace(self.data, **parts)

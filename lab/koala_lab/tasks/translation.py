@@ -64,7 +64,7 @@ class Translation(Task):
         ValueError: for an option out of range.
     """
 
-    datasets = data.PAIRS
+    datasets = data.names(data.Pairs)
     networks = TRANSLATION_MODELS
 
     def __init__(
@@ -91,7 +91,7 @@ class Translation(Task):
         self.label_smoothing, self.clip_norm, self.test_size = label_smoothing, clip_norm, test_size
         self.beam, self.length_penalty = beam, length_penalty
         self.max_tokens = math.inf if max_tokens is None else max_tokens
-        self.data = data.load_pairs(config.dataset, device=device, train_size=config.train_size)
+        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
         self._lengths = lengths(self.data.train)
         self._read = np.flatnonzero(self._lengths <= self.max_tokens)
         if len(self._read) == 0:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
+
 
 @dataclass(frozen=True)
 class FiniteSum:
@@ -162,7 +164,7 @@ def quadratic(curvatures: Sequence[float], *, minimum: float = 0.0, start: Seque
 
 
 def linear(slopes: Tensor, offsets: Tensor, *, start: Sequence[float] | None = None) -> FiniteSum:
-    """Losses l_i(x) = offset_i + slope_i . x, whose gradients are what one wants them to be; starts at 0 by default.
+    """Losses l_i(x) = offset_i + slope_i . x, with gradients chosen by the caller; starts at 0 by default.
 
     >>> linear(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0])).at([1.0, 1.0])
     (tensor([8.], dtype=torch.float64), tensor([[3., 4.]], dtype=torch.float64))
@@ -270,7 +272,11 @@ def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> Finit
         rounds: T.
         n: number of weights; their features' scales go from 0.1 to 3.
         seed: of features, observations and start.
+
+    Raises:
+        ValueError: For another kind.
     """
+    check_known("kind", kind, _ONLINE)
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** torch.linspace(-1, 0.5, n, dtype=torch.float64)
     A = torch.randn(rounds, n, generator=generator, dtype=torch.float64) * scales

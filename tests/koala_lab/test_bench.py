@@ -416,7 +416,7 @@ def test_meka_is_measured_on_request_and_alone(
     bench.main(meka=True)
     kept = bench.stored()
     assert {name: len(section["rows"]) for name, section in kept.items()} == {"moments": 9, "meka_step": 9}
-    assert set(kept["moments"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert set(kept["moments"]["provenance"]) == {"device", "kernels", "cores", "threads", "load", "versions"}
     assert "resnet32_gn         128        pi 1.0    5.0" in capsys.readouterr().out
 
 
@@ -450,7 +450,7 @@ def test_sections_are_kept_with_their_provenance(
     assert {r["threads"] for r in kept["step"]["rows"]} == {1, os.cpu_count()}
     assert {p.name for p in figures.iterdir()} == {f"koala_cost_compiled.{e}" for e in ("png", "pdf", "json")}
     assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
-    assert set(kept["sweep"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert set(kept["sweep"]["provenance"]) == {"device", "kernels", "cores", "threads", "load", "versions"}
     assert bench.stored("cuda:0") == {}
     printed = capsys.readouterr().out
     assert "exponents of one: 1.000" in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from koala_lab import config, data
 from koala_lab.config import RunConfig
+from koala_lab.runs import provenance
 from koala_lab.runs import training as train
 from koala_lab.runs.training import RunResult
 from koala_lab.tasks import Classification, create
@@ -335,12 +337,22 @@ def test_bfloat16_autocast_is_recorded_and_changes_the_numbers() -> None:
 
 
 def test_provenance_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train.paths, "ROOT", tmp_path)
-    train._commit.cache_clear()
+    monkeypatch.setattr(provenance.paths, "ROOT", tmp_path)
+    provenance._commit.cache_clear()
     try:
-        assert train._commit() == ""
+        assert provenance.provenance("cpu")["commit"] == ""
     finally:
-        train._commit.cache_clear()
+        provenance._commit.cache_clear()
+
+
+def test_provenance_names_the_processor_and_the_kernels_that_run_on_it() -> None:
+    here = train.train(QUICK.but(epochs=1)).provenance
+    assert here["device"] == f"cpu ({provenance.device_name('cpu')})"
+    assert here["kernels"] == torch.backends.cpu.get_cpu_capability()
+    assert {"python", "torch", "numpy", "koala-lib"} <= set(here["versions"])
+    script = "from koala_lab.runs.provenance import provenance; print(provenance('cpu')['kernels'])"
+    lowered = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    assert subprocess.check_output([sys.executable, "-c", script], env=lowered, text=True).strip() == "DEFAULT"
 
 
 # ---------------------------------------------------------------- a validation set

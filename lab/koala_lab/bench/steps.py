@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -29,6 +27,7 @@ from koala_lab.bench.timing import Row, interleave, now, spread
 from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, synthetic, with_gradients
 from koala_lab.config import RunConfig
 from koala_lab.files import write_json
+from koala_lab.runs.provenance import device_name, versions
 from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
@@ -269,18 +268,13 @@ def stored(device: str = "cpu") -> dict[str, Any]:
 def provenance(device: str) -> Row:
     """Where and under which load (processes that wanted to run, mean over a minute) something is being measured."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "device": device_name(device),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", listing.read_text()) if listing.exists() else None
-    return name[1] if name else platform.processor() or platform.machine()
 
 
 def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> None:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from koala_lab import paths, tasks
+from koala_lab import tasks
 from koala_lab.baselines.registry import OWN_FORWARD, create, lookahead
 from koala_lab.config import RunConfig
 from koala_lab.files import write_torch
+from koala_lab.runs.provenance import provenance
 
 __all__ = ["RunConfig", "RunResult", "train"]
 
@@ -262,7 +259,7 @@ class TrainingRun:
         for tensor in self.task.network.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         data = self.task.data
-        provenance = _provenance(self.device) | {
+        origin = provenance(self.device) | {
             "data": {"title": data.title, "tag": data.tag, "identity": data.identity[:16]},
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "weights_sha256": digest.hexdigest()[:16],
@@ -271,9 +268,7 @@ class TrainingRun:
         }
         status = "done" if self.failed_step is None else "failed"
         pictures = self.task.pictures() if status == "done" else {}
-        return RunResult(
-            self.config.key, self.config, status, tuple(self.epochs), self.failed_step, provenance, pictures
-        )
+        return RunResult(self.config.key, self.config, status, tuple(self.epochs), self.failed_step, origin, pictures)
 
 
 def _scheduler(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -299,25 +294,3 @@ class _Average:
         if done >= self.start and (done - self.start) % self.every == 0:
             self.network.update_parameters(network)
         return bool(self.network.n_averaged > 0)
-
-
-def _provenance(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-@cache
-def _commit() -> str:
-    """The commit of the working tree, with ``+`` if it was changed; empty outside a checkout."""
-    try:
-        git = ["git", "-C", str(paths.ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "koala_lib"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

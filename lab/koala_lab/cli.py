@@ -55,7 +55,7 @@ def _in_a_checkout() -> None:
 
 
 def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
-    """The grids of the notebooks that have a preset.
+    """Return the grids of the notebooks that have a preset.
 
     Args:
         preset: ``quick``, ``desktop`` or ``paper``.
@@ -82,7 +82,7 @@ def list_runs(
     pending: Annotated[bool, typer.Option("--pending", help="only runs without a result")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; the hours are those there")] = "cpu",
 ) -> None:
-    """One line a run: key, notebook, label, status; then (on stderr) how many are pending and the hours they will take.
+    """Print one line per run: key, notebook, label, status; then (on stderr) how many are pending, and their hours.
 
     Hours are extrapolated from finished runs of the same kind; kinds without any are listed as unknown.
     """

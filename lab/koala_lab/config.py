@@ -109,7 +109,7 @@ class RunConfig:
             raise ValueError("optimizer='apollo' warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:
-        """A copy with other values."""
+        """Return a copy with other values."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def declared(source: str, where: str = "parameters cell") -> dict[str, Parameter
 
 
 def _checked(name: str, kind: str, value: Any) -> Any:
-    """The value as the annotated type; an int is taken for a float, nothing else is converted."""
+    """Return the value as the annotated type; an int is taken for a float, nothing else is converted."""
     if kind.startswith("Optional["):
         return None if value is None else _checked(name, kind[len("Optional[") : -1], value)
     if kind.startswith("list["):
@@ -79,7 +79,7 @@ def _checked(name: str, kind: str, value: Any) -> Any:
 
 
 def _yaml_float(value: Any) -> str:
-    """How YAML wants to see a number that it read as text: 1e-3 is a string there, 1.0e-3 is not."""
+    """Return how YAML wants to see a number that it read as text: 1e-3 is a string there, 1.0e-3 is not."""
     try:
         float(value)
     except (TypeError, ValueError):

@@ -49,12 +49,12 @@ def results_dir() -> Path:
 
 
 def runs_dir() -> Path:
-    """The store of runs; ignored by git."""
+    """Return the store of runs; ignored by git."""
     return _folder("KOALA_RUNS", "data", "runs")
 
 
 def raw_dir() -> Path:
-    """Where downloads go; ignored by git."""
+    """Return where downloads go; ignored by git."""
     return root() / "data" / "raw"
 
 

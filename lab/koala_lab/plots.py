@@ -110,15 +110,15 @@ def log_y(ax: Axes) -> None:
 
 
 def label(method: str) -> str:
-    """Name of a method as the papers print it."""
+    """Return the name of a method as the papers print it."""
     return LABELS.get(method, method)
 
 
 def interval(values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its t-interval.
+    """Return the mean and half-width of its t-interval.
 
     Args:
-        values: One value a seed; NaN marks a failed run and is left out.
+        values: One value per seed; NaN marks a failed run and is left out.
         level: Coverage.
 
     Returns:
@@ -146,7 +146,7 @@ def seeds(
     """Every seed as a point, beside it the mean and its 95 % t-interval.
 
     Args:
-        data: Tidy results, one row a run.
+        data: Tidy results, one row per run.
         x: Column of the categories.
         y: Column of the metric.
         hue: Column of the methods; without it the categories are the methods.
@@ -216,7 +216,7 @@ def curves(
 
 
 def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
+    """Draw a table, two panels per data set in its order: test error of every seed, training loss by epoch.
 
     Args:
         table: What `koala_lab.runs.table` returns.
@@ -248,10 +248,10 @@ def steps(
     columns: int = 3,
     window: int = 15,
 ) -> Figure:
-    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+    """Runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw and pale.
 
     Args:
-        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
+        records: One row per step by method, with a column ``step``; other columns that are missing are not drawn.
         panels: Title -> column drawn solid, column drawn dashed, unit.
         columns: Panels side by side.
         window: Steps of the running median.

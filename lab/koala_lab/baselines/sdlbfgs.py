@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]  # s and the damped y
 
 
 def damped_change(s: Tensor, y: Tensor, gamma: float) -> Tensor:
-    r"""The change of the gradient, moved towards :math:`\gamma s` as far as it must for enough curvature (3.2):
+    r"""Return the change of the gradient, moved towards :math:`\gamma s` as far as it must for enough curvature (3.2):
     :math:`s^\top\bar y \ge 0.25\,\gamma\,s^\top s`.
 
     Args:

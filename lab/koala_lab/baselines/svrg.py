@@ -92,7 +92,7 @@ class Svrg(torch.optim.Optimizer):
     def _gradients(
         self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean loss of a batch at some weights, and its gradient; ``p.grad`` is left alone."""
+        """Return the mean loss of a batch at some weights, and its gradient; ``p.grad`` is left alone."""
         at = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with torch.enable_grad():
             loss = self.loss_fn(torch.func.functional_call(self.model, at, (inputs,)), targets).mean()

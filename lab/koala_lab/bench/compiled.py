@@ -70,11 +70,11 @@ OVERHEAD: Final = 3.0  # per cent that a KOALA-M step may add to a whole trainin
 
 
 def goals(rows: Iterable[Row]) -> list[Row]:
-    """What the rows of :func:`koala_lab.bench.steps.measure`, with a model and a number of threads, say of the goals.
+    """Judge the goals by rows of :func:`koala_lab.bench.steps.measure`, with a model and a number of threads.
 
     Returns:
-        One row a goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what the
-        ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio of
+        One row per goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what
+        the ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio of
         medians) and ``met``.
     """
     times: dict[tuple[str, int], dict[str, float]] = {}
@@ -91,13 +91,13 @@ def goals(rows: Iterable[Row]) -> list[Row]:
 
 
 def unshared(rows: Iterable[Row]) -> list[Row]:
-    """The part of a step that other threads do not take over: Python between the passes, mostly.
+    """Return the part of a step that other threads do not take over: Python between the passes, mostly.
 
     If all threads together do the rest as much faster as they do AdamW's step, then t_1 = a + b and t_n = a + b / s.
 
     Returns:
-        One row a model and compiled optimizer, none where more threads make AdamW no faster: ``model``, ``optimizer``,
-        and in milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
+        One row per model and compiled optimizer, none where more threads make AdamW no faster: ``model``,
+        ``optimizer``, and in milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
     """
     times = {(r["model"], r["optimizer"], r["threads"]): r["ms"] for r in rows}
     most = max(threads for _, _, threads in times)
@@ -133,8 +133,8 @@ def flatness(
         device: torch device.
 
     Returns:
-        One row a shape and optimizer: ``parameters``, ``tensors``, ``optimizer``, ``ns`` per parameter and ``ratio`` to
-        torch's fused AdamW, with quartiles.
+        One row per shape and optimizer: ``parameters``, ``tensors``, ``optimizer``, ``ns`` per parameter and ``ratio``
+        to torch's fused AdamW, with quartiles.
     """
     rows = []
     for parameters, tensors in shapes:
@@ -151,12 +151,12 @@ def flatness(
 
 
 def adamw(params: list[Tensor]) -> torch.optim.Optimizer:
-    """What everything is compared with."""
+    """Return what everything is compared with."""
     return torch.optim.AdamW(params, 1e-9, fused=True)
 
 
 def _memory(device: str) -> int:
-    """Bytes that are free."""
+    """Return the bytes that are free."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells all of it only
@@ -188,7 +188,7 @@ def compile_time(model: str = "resnet18", *, device: str = "cpu") -> list[Row]:
 
 
 def bandwidth(params: list[Tensor], *, device: str = "cpu") -> Row:
-    """Gigabytes a second of copying the weights, the simplest pass there is: a number read, a number written."""
+    """Gigabytes per second of copying the weights, the simplest pass there is: a number read, a number written."""
     weights = [nn.Parameter(p.detach().clone()) for p in params]
     copies = [torch.empty_like(w) for w in weights]
 
@@ -203,7 +203,7 @@ def bandwidth(params: list[Tensor], *, device: str = "cpu") -> Row:
 
 
 def draw(rows: Iterable[Row]) -> Figure:
-    """Times of the steps over AdamW's, one panel a network, and what memory allows."""
+    """Draw the times of the steps over those of AdamW, one panel per network, and what memory allows."""
     import matplotlib.pyplot as plt
     import pandas as pd
 

@@ -17,7 +17,7 @@ from koala_lab.runs.training import RunResult
 
 
 def kind(config: RunConfig) -> str:
-    """What decides the cost of a step, in words; the runs of a kind differ in numbers that do not."""
+    """Return what decides the cost of a step, in words; the runs of a kind differ in numbers that do not."""
     network = {k: v for k, v in dict(config.model_args).items() if k != "init"}
     variant = {k: v for k, v in dict(config.optimizer_args).items() if isinstance(v, str)}
     parts = [config.dataset, _call(config.model, network), _call(config.optimizer, variant), str(config.batch_size)]
@@ -29,7 +29,7 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def samples(config: RunConfig) -> int | None:
-    """Samples of a training epoch, dropped last batches included; ``None`` for a data set of unknown size."""
+    """Return the samples of a training epoch, dropped last batches included; ``None`` for a data set of unknown size."""
     if config.train_size is not None:
         return config.train_size
     whole = data.DATASETS[config.dataset].samples
@@ -69,7 +69,7 @@ class Costs:
 
 
 def minutes(seconds: float | None, *, attempt: int = 1, start: int = 10, most: int = 24 * 60) -> int:
-    """The time to ask a batch system for: twice the estimate and the start, more with every attempt.
+    """Return the time to ask a batch system for: twice the estimate and the start, more with every attempt.
 
     At most ``most``, since a run that was stopped goes on from its checkpoint; that also for a run of unknown cost.
     """

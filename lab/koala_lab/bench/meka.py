@@ -35,7 +35,7 @@ Step = Callable[[Tensor, Tensor], object]  # one training step on images and lab
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Losses of the samples, (B,)."""
+    """Return the losses of the samples, (B,)."""
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -59,7 +59,7 @@ STEPPERS: Final[dict[str, Callable[[nn.Module], Step]]] = {
 
 
 def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of the MEKA paper for images of its data set's size, a batch of images, and labels from ten classes.
+    """Make a network of the MEKA paper, a batch of images of its data set's size, and labels from ten classes.
 
     Raises:
         ValueError: for a network that is none of the paper's.
@@ -72,7 +72,7 @@ def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Modu
 
 
 def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Any]]:
-    """What :func:`moments` compares, by the names of ``METHODS``, on one direction."""
+    """Return what :func:`moments` compares, by the names of ``METHODS``, on one direction."""
     direction = {name: 1e-3 * torch.randn_like(p) for name, p in network.named_parameters()}
     params = list(network.parameters())
 
@@ -125,7 +125,7 @@ def moments(
 
 
 def flops(job: Callable[[], object]) -> int:
-    """Floating-point operations of a job's matrix products and convolutions."""
+    """Return the floating-point operations of a job's matrix products and convolutions."""
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: baddbmm_flop(*shapes)}  # which torch leaves out
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter:

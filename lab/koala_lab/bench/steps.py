@@ -80,7 +80,7 @@ def measure(
         seconds: Spent on each optimizer, at least three steps.
 
     Returns:
-        One row an optimizer: ``ms`` a step and ``ratio`` to the base in the same round, each with quartiles.
+        One row per optimizer: ``ms`` per step and ``ratio`` to the base in the same round, each with quartiles.
     """
     jobs = {name: partial(step, create(params)) for name, create in contenders.items()}
     times = interleave(jobs, 3, device=device, seconds=seconds * len(jobs))
@@ -158,7 +158,7 @@ def training_step(
         device: torch device.
 
     Returns:
-        One row an optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
+        One row per optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
         forward and backward; ``whole_percent``, the whole step over the base's in the same round; ``overhead_percent``,
         the optimizer's part less the base's, over the base's whole step, which leaves out the noise of the rest.
     """
@@ -187,7 +187,7 @@ def training_memory(
     """Count the memory of the second of two whole training steps; arguments as in :func:`training_step`.
 
     Returns:
-        One row an optimizer: ``peak``, bytes of new tensors alive at once (activations, gradients, temporary ones; not
+        One row per optimizer: ``peak``, bytes of new tensors alive at once (activations, gradients, temporary ones; not
         what is kept from step to step, nor kernels' own buffers), and ``weights``, bytes of those.
     """
     rows = []
@@ -255,7 +255,7 @@ def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
 
 
 def file() -> Path:
-    """The committed results: by kind of device and section, provenance and rows."""
+    """Return the committed results: by kind of device and section, provenance and rows."""
     return paths.results_dir() / "bench.json"
 
 
@@ -347,7 +347,7 @@ def _show(section: str, rows: list[Row]) -> None:
             frame.groupby(["network", "batch_size", "optimizer"], sort=False)[["ms", "ratio"]].median().reset_index()
         )
     if section == "sweep":
-        print("ms a step, median of the repetitions")
+        print("ms per step, median of the repetitions")
         print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())
         for name in frame["optimizer"].unique():
             print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))

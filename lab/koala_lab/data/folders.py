@@ -1,4 +1,4 @@
-"""Photographs in folders, one folder a class: too many for memory, so each batch is decoded when its turn comes."""
+"""Photographs in folders, one folder per class: too many for memory, so each batch is decoded when its turn comes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ NUMBERS_TRAIN, NUMBERS_TEST = 3000, 500
 
 
 def parallel_lines(contents: Contents) -> list[Part]:
-    """Read pairs of plain text files, source and target, a sentence a line.
+    """Read pairs of plain text files, source and target, a sentence per line.
 
     Training pairs with an empty side, which WMT's corpora have, are left out.
     """
@@ -95,7 +95,7 @@ class Sentences:
         return np.diff(self.starts)
 
     def padded(self, index: Array) -> Tensor:
-        """Some of the sentences, side by side: int64 ``(len(index), longest)``, filled up with :data:`PAD`.
+        """Return some of the sentences, side by side: int64 ``(len(index), longest)``, filled up with :data:`PAD`.
 
         The width is known on the CPU, so that nothing is read back from the device.
         """
@@ -107,12 +107,12 @@ class Sentences:
         return tokens.masked_fill_(torch.from_numpy(missing).to(tokens.device), PAD)
 
     def first(self, count: int | None) -> Sentences:
-        """The sentences from the beginning on; ``None``: all."""
+        """Return the sentences from the beginning on; ``None``: all."""
         starts = self.starts if count is None else self.starts[: count + 1]
         return Sentences(self.tokens[: starts[-1]], starts)
 
     def to(self, device: torch.device | str) -> Sentences:
-        """The same on a device."""
+        """Return the same on a device."""
         return Sentences(self.tokens.to(device), self.starts)
 
 

@@ -342,7 +342,7 @@ _ROWS: Final[tuple[Source, ...]] = (
         samples=4_500_000,  # about: it depends on the copy
         vocabulary=32_768,
         files=tuple(File(name, "") for name in _SIDES),
-        source="https://www.statmt.org/wmt14/translation-task.html (as plain text, a sentence a line, not tokenized)",
+        source="https://www.statmt.org/wmt14/translation-task.html (as plain text, a sentence per line, not tokenized)",
     ),
 )
 

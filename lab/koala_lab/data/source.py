@@ -181,7 +181,7 @@ class Source:
         return hashlib.sha256("\n".join([f"koala data set 1: {self.name}", *lines]).encode()).hexdigest()
 
     def _identifying(self) -> tuple[File, ...]:
-        """The content files; where these have no published checksums, but their archive has, the archive."""
+        """Return the content files; where these have no published checksums, but their archive has, the archive."""
         if self.archive and not all(file.digest for file in self.files):
             return (self.archive,)
         return self.files

@@ -28,7 +28,7 @@ UNKNOWN, BEGIN, END_OF_LINE = "<unk>", "<bos>", "<eos>"
 
 
 def pydoc_topics(raw: bytes) -> str:
-    """The help texts in the source of ``pydoc_data.topics``, every paragraph once.
+    """Return the help texts in the source of ``pydoc_data.topics``, every paragraph once.
 
     Long topics quote short ones, and what is both in the training and in the test text would be easy to predict. The
     topics stand in the order of the SHA-256 of their names, so that neighbours of the alphabet are spread.

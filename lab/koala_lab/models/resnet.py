@@ -84,21 +84,15 @@ class GroupedBottleneck(WideBottleneck):
 class ResNet(nn.Sequential):
     """Residual network for small images: ``(B, in_channels, H, W)`` to logits ``(B, num_classes)``.
 
-    Parameters
-    ----------
-    block
-        :class:`BasicBlock`, :class:`Bottleneck` or :class:`WideBottleneck`.
-    depths, widths
-        Number of blocks and width of every stage; each stage but the first halves height and width.
-    num_classes, in_channels
-        Number of classes and of input channels.
-    stem_stride
-        Stride of the 3x3 stem.
-    large_images
-        The stem for ImageNet instead: a 7x7 convolution and max-pooling, each with stride 2.
+    Args:
+        block: :class:`BasicBlock`, :class:`Bottleneck` or :class:`WideBottleneck`.
+        depths: Number of blocks of every stage; each stage but the first halves height and width.
+        widths: Channels of every stage, before a block's expansion.
+        num_classes: Number of classes.
+        in_channels: Number of input channels.
+        stem_stride: Stride of the 3x3 stem.
+        large_images: The stem for ImageNet instead: a 7x7 convolution and max-pooling, each with stride 2.
 
-    Notes
-    -----
     Convolutions start Kaiming-normal with ``fan_out``, BatchNorm at 1 and 0, the linear layer at torch's default, as
     in torchvision and in the released code of KOALA. All of it is drawn from torch's default generator.
     """

@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """The commit of the working tree, with ``+`` if the code was changed; empty outside a checkout."""
+    """Return the commit of the working tree, with ``+`` if the code was changed; empty outside a checkout."""
     try:
         git = ["git", "-C", str(paths.ROOT)]
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

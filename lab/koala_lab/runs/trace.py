@@ -31,7 +31,7 @@ def trace(
             without augmentation; as many times slower as there are batches.
 
     Returns:
-        One row a step, k = 1, 2, ... in ``step``:
+        One row per step, k = 1, 2, ... in ``step``:
 
         * ``loss``: minibatch loss L at the predicted weights, with KOALA's target 0 the innovation;
         * the entries of ``filter_state()`` after the step.
@@ -110,7 +110,7 @@ def _meka_step(run: TrainingRun, optimizer: Meka, batch: Any, full_gradient: boo
 
 
 def _mean_gradient(run: TrainingRun, batches: Iterable[Any]) -> Tensor:
-    """Gradient of the mean loss over all samples of some batches, as one vector."""
+    """Return the gradient of the mean loss over all samples of some batches, as one vector."""
     parameters = [*run.task.network.parameters()]
     total, samples = torch.zeros(sum(p.numel() for p in parameters), device=run.device), 0
     for batch in batches:

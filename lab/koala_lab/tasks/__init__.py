@@ -26,6 +26,6 @@ TASKS: dict[str, type[Task]] = {
 
 
 def create(config: RunConfig, device: torch.device) -> Task:
-    """The task of a configuration, its networks drawn from torch's generator as it stands."""
+    """Return the task of a configuration, its networks drawn from torch's generator as it stands."""
     cls = TASKS[config.task]
     return cls(config, device, **options(cls, config))

@@ -135,7 +135,7 @@ class Classification(Task):
 
 
 def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Labelled]:
-    """The data set without ``size`` class-balanced samples of its training set, and those."""
+    """Return the data set without ``size`` class-balanced samples of its training set, and those."""
     images, labels = dataset.train_images, dataset.train_labels
     if size >= len(labels):
         raise ValueError(f"validation_size={size} leaves nothing of the {len(labels)} training samples")

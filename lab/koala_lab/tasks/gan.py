@@ -103,7 +103,7 @@ class Gan(Task):
         return torch.randn(count, self.network.latent, device=self.device)
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Losses of D, shape ``(B,)``, one for each pair of a real and a generated image."""
+        """Return the losses of D, shape ``(B,)``, one for each pair of a real and a generated image."""
         with autocast(self.config, self.device):
             scores = self.network.discriminator(real), self.network.discriminator(fake)
         true, false = (score.float() for score in scores)
@@ -112,7 +112,7 @@ class Gan(Task):
         return losses
 
     def generator_losses(self, noise: Tensor) -> Tensor:
-        """Losses of G, shape ``(B,)``; the weights of D are constants in it."""
+        """Return the losses of G, shape ``(B,)``; the weights of D are constants in it."""
         with _frozen(self.network.discriminator), autocast(self.config, self.device):
             score: Tensor = self.network.discriminator(self.network(noise)).float()
         return -score if self.loss == "hinge" else softplus(-score)
@@ -127,7 +127,7 @@ class Gan(Task):
         return torch.stack([discriminator, generator, (generator < 0).float()])
 
     def reference(self) -> RealImages:
-        """What the samples are compared with."""
+        """Return what the samples are compared with."""
         return real_images(classifier(self.config, self._features), str(self.device))
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
@@ -136,7 +136,7 @@ class Gan(Task):
 
     @torch.no_grad()
     def distances(self, network: nn.Module) -> dict[str, float]:
-        """How far samples of a generator are from the real images."""
+        """Return how far samples of a generator are from the real images."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.samples, self.network.latent, generator=generator).to(self.device)
         reference = self.reference()
@@ -193,7 +193,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Mean and unbiased covariance of features ``(N, d)``, N >= 2."""
+    """Return the mean and unbiased covariance of features ``(N, d)``, N >= 2."""
     features = features.detach().to("cpu", torch.float64)
     return Gaussian(features.mean(0), features.T.cov())
 
@@ -239,7 +239,7 @@ class RealImages:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer of the classifier sees, ``(B, d)``, for images ``(B, C, H, W)`` in [0, 1]."""
+        """Return what the last layer of the classifier sees, ``(B, d)``, for images ``(B, C, H, W)`` in [0, 1]."""
         features: Tensor = self.body((images - self._mean) / self._std)
         return features
 

@@ -111,7 +111,7 @@ class LanguageModel(Task):
         return nats, tuple(s.detach() for s in state)
 
     def sample_losses(self, batch: Window) -> Tensor:
-        """Mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
+        """Return the mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
         nats, self.state = self._nats(self.network, batch, self.state)
         return nats.mean(1)
 
@@ -147,8 +147,10 @@ class LanguageModel(Task):
 
 
 def _shares(steps: int, pieces: int) -> Tensor:
-    """What each step's loss counts in the means of an epoch and of its pieces, ``(steps, 1 + pieces)``; each column has
-    the mean 1."""
+    """Return the weight of each step's loss in the epoch's mean and in those of its pieces, ``(steps, 1 + pieces)``.
+
+    Each column has the mean 1.
+    """
     mine = torch.arange(steps)[:, None] * pieces // steps == torch.arange(pieces)
     return torch.cat([torch.ones(steps, 1), mine * steps / mine.sum(0)], dim=1)
 

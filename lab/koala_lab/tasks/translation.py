@@ -105,7 +105,7 @@ class Translation(Task):
         self._measured: dict[str, Any] = {}
 
     def _cut(self, ascending: Array) -> list[slice]:
-        """Where the batches begin and end in a list of lengths; what is too long stands alone."""
+        """Return where the batches begin and end in a list of lengths; what is too long stands alone."""
         cuts = [0]
         for i, longest in enumerate(ascending.tolist()):
             rows = i + 1 - cuts[-1]
@@ -121,14 +121,14 @@ class Translation(Task):
             yield _batch(self.data.train, order[self._slices[k]])
 
     def _logits(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Scores of each token of the target, ``(B * T, vocabulary)``, float32."""
+        """Return the scores of each token of the target, ``(B * T, vocabulary)``, float32."""
         given = functional.pad(batch.target[:, :-1], (1, 0), value=EOS)
         with autocast(self.config, self.device):
             logits: Tensor = network(batch.source, given)
         return logits.flatten(0, 1).float()
 
     def sample_losses(self, batch: Batch) -> Tensor:
-        """Loss of each sentence, ``(B,)``; their mean is that of all tokens."""
+        """Return the loss of each sentence, ``(B,)``; their mean is that of all tokens."""
         nats = functional.cross_entropy(
             self._logits(self.network, batch),
             batch.target.flatten(),
@@ -197,12 +197,12 @@ class Translation(Task):
         return beam_search(log_probs, limits, **options)
 
     def provenance(self) -> dict[str, Any]:
-        """How BLEU was counted, and ``[source, reference, translation]`` of the first test sentences."""
+        """Return how BLEU was counted, and ``[source, reference, translation]`` of the first test sentences."""
         return self._measured
 
 
 def lengths(pairs: tuple[data.Sentences, data.Sentences]) -> Array:
-    """Number of tokens of the longer side of each pair."""
+    """Return the number of tokens of the longer side of each pair."""
     return np.maximum(pairs[0].lengths, pairs[1].lengths)
 
 

@@ -62,7 +62,7 @@ class OnlineRun(NamedTuple):
 
 
 def rounds_of(problem: FiniteSum) -> Oracle:
-    """The online problem whose round t shows the t-th sample loss."""
+    """Return the online problem whose round t shows the t-th sample loss."""
 
     def oracle(t: int, theta: Tensor) -> tuple[Tensor, Tensor]:
         gradient, loss = torch.func.grad_and_value(lambda x: problem.losses(x)[t - 1])(theta)
@@ -162,7 +162,7 @@ def regret_bound(run: OnlineRun, comparator: Tensor, *, sigma: float = 1.0) -> R
 
 
 def corollary_term(squared_diameter: float, lr: float, beta: float, decay: float) -> float:
-    """The last term of (13), which bounds that of (12) for beta_t = beta decay^(t-1), whatever T is.
+    """Return the last term of (13), which bounds that of (12) for beta_t = beta decay^(t-1), whatever T is.
 
     It is D^2 beta^2 / (2 eta (1 - beta) (1 - lambda^2)^2), since sum_t sqrt t lambda^(2(t-1)) <= (1 - lambda^2)^-2.
 
@@ -173,7 +173,7 @@ def corollary_term(squared_diameter: float, lr: float, beta: float, decay: float
 
 
 def weighted_sum(weights: Tensor, distances: Tensor) -> float:
-    r"""What the proof of (12) has to bound by :math:`D^2 \|D_T\|_1 / \eta_T`; derived.
+    r"""Return what the proof of (12) has to bound by :math:`D^2 \|D_T\|_1 / \eta_T`; derived.
 
     With :math:`w_t = D_t / \eta_t`, :math:`w_0 = 0` and :math:`x_t = \theta_t - \theta^*` it is :math:`\sum_t
     (w_t - w_{t-1})^\top x_t^2`, and it can be bounded so if no :math:`w_t - w_{t-1}` has a negative entry. Else it may
@@ -205,8 +205,9 @@ def rate_envelope(rounds: Tensor) -> Tensor:
 
 
 def constant_of_the_rate(squared_gradients: Tensor) -> Tensor:
-    """The least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T, for every T; (14) says it is
-    bounded.
+    """Return the least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T, for every T.
+
+    (14) says that it is bounded.
 
     Args:
         squared_gradients: |grad f(theta_t)|^2 of several runs, (runs, T); their mean stands for the expectation.

@@ -29,7 +29,7 @@ class Bounds(NamedTuple):
     high: float
 
     def violation(self, values: Tensor) -> float:
-        """How far the farthest of the values lies outside, relative to the bound it breaks; 0 if none does.
+        """Return how far the farthest of the values lies outside, relative to the bound it breaks; 0 if none does.
 
         >>> Bounds(1.0, 4.0).violation(torch.tensor([0.9, 2.0, 5.0]))
         0.25
@@ -66,7 +66,7 @@ def variance_fixed_point(gradient_norm: float, process_noise: float, measurement
 def variance_bounds(
     initial_variance: float, process_noise: float, measurement_noise: Bounds, gradient_norms: Bounds
 ) -> Bounds:
-    """Bounds on P^_k for all k >= 1, for any gradients with norms in [g, G] and any R_k in [R-, R+].
+    """Return bounds on P^_k for all k >= 1, for any gradients with norms in [g, G] and any R_k in [R-, R+].
 
     min(P_0 + Q, pi(G; R-)) <= P^_k <= max(P_0 + Q, pi(g; R+)): the map of :func:`next_variance` is monotone, so no
     sequence gets past the fixed points of the extreme ones. Tight: constant sequences reach both.
@@ -81,7 +81,7 @@ def variance_bounds(
 
 
 def coarse_variance_bounds(process_noise: float, measurement_noise: Bounds, gradient_norms: Bounds) -> Bounds:
-    """Bounds on P^_k for k >= 2 that hold whatever P_0 was: Q + Q R- / (R- + Q G^2) <= P^_k <= Q + R+ / g^2.
+    """Return bounds on P^_k for k >= 2 that hold whatever P_0 was: Q + Q R- / (R- + Q G^2) <= P^_k <= Q + R+ / g^2.
 
     >>> coarse_variance_bounds(0.5, Bounds(1.0, 1.0), Bounds(0.5, 1.0))
     Bounds(low=0.8333333333333333, high=4.5)
@@ -91,7 +91,7 @@ def coarse_variance_bounds(process_noise: float, measurement_noise: Bounds, grad
 
 
 def gain_bounds(variance: Bounds, measurement_noise: Bounds, gradient_norms: Bounds) -> Bounds:
-    """Bounds on rho_k = P^_k / (P^_k |g_k|^2 + R_k), the gain of eq. (12) per unit of residual.
+    """Return bounds on rho_k = P^_k / (P^_k |g_k|^2 + R_k), the gain of eq. (12) per unit of residual.
 
     Increasing in P^, decreasing in |g| and R. These two numbers make epsilon_k rho_k a step size as (26) needs it.
 
@@ -150,7 +150,7 @@ def descent_step(
 
 
 def _residual(losses: Tensor, target_risk: str) -> Tensor:
-    """The residual of eqs. (27), (28) at epsilon = 1."""
+    """Return the residual of eqs. (27), (28) at epsilon = 1."""
     check_known("target_risk", target_risk, ("absolute", "relative"))
     return losses if target_risk == "relative" else torch.ones_like(losses)
 
@@ -161,7 +161,7 @@ def _residual(losses: Tensor, target_risk: str) -> Tensor:
 def stationary_variance(
     gradient_norms: Tensor, process_noise: float, measurement_noise: float, points: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Where P^_k settles at a fixed x if every step draws one of m samples at random.
+    """Return where P^_k settles at a fixed x if every step draws one of m samples at random.
 
     P^_k is then a Markov chain, one map :func:`next_variance` a sample. Its stationary distribution is computed on a
     logarithmic grid, each map's image shared between its two neighbours; no random number is drawn.

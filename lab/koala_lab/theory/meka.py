@@ -25,7 +25,7 @@ from koala_lib.step_size import RULES, PredictedChange
 
 
 def _in_eigenbasis(hessian: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
+    """Return the eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
     h, basis = torch.linalg.eigh(hessian)
     return h, (basis * (matrix @ basis)).sum(0)
 
@@ -94,7 +94,7 @@ def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
 
 
 def excess_limit(hessian: Tensor, noise: Tensor) -> float:
-    """The limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
+    """Return the limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
 
     Late in the run theta_t follows the zero of the filtered gradient, m = 0, whose gradient has the covariance P_t.
 
@@ -117,7 +117,7 @@ def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> floa
 def one_step_bound(
     excess: Tensor, hessian: Tensor, noise: Tensor, step_size: float, *, with_cross_term: bool
 ) -> Tensor:
-    r"""The right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
+    r"""Return the right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
 
     Printed: :math:`(1 - \alpha\mu) e_t + \frac{L\alpha^2}2 \mathrm{tr} P_t` with :math:`P_t = \Sigma/(t+1)`. With the
     cross term: :math:`(1 - \alpha\mu) e_t + \frac{C}{t+1}`, :math:`C = \alpha (1 - \frac{L\alpha}2) \mathrm{tr}\Sigma`
@@ -161,7 +161,7 @@ def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
 
 
 def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
-    """The constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
+    """Return the constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
 
     t_0 is the first index with c - (1 - c) / t > 0, and M = max(t_0 a_{t_0}, d / (c - (1 - c) / t_0)). Then
     M (c - (1 - c) / t) >= d for t >= t_0 (31), so that a_t <= M / t implies a_{t+1} <= M / (t + 1) (32).
@@ -258,7 +258,7 @@ def _full(batch: Minibatch, before: Belief | None) -> Belief:
 
 
 def _sample(batch: Minibatch, before: Belief | None) -> Belief:
-    """The minibatch gradient: SGD."""
+    """Return the minibatch gradient: SGD."""
     problem, size = batch.problem, batch.losses.shape[1]
     noise = problem.loss_noise(batch.theta, size)
     return Belief(batch.gradient, problem.gradient_noise(size), batch.loss, noise)
@@ -368,7 +368,7 @@ def trajectories(
 
 
 def _optimum(rule: str, belief: Belief, hessian: Tensor) -> Tensor:
-    """The step size that a rule chooses along the negative gradient, at most 1 where there is no optimum; (runs,)."""
+    """Return the step size of a rule along the negative gradient, at most 1 where there is no optimum; (runs,)."""
     m, zero = belief.gradient, torch.zeros_like(belief.value)
     slope, curvature = (m * m).sum(1), (m @ hessian * m).sum(1)
     change = PredictedChange(slope, curvature, belief.value_variance, _along(belief.covariance, m), zero)

@@ -36,11 +36,11 @@ class FiniteSum:
         return self.losses(x), torch.func.jacrev(self.losses)(x)
 
     def gradient(self, x: Tensor | Sequence[float]) -> Tensor:
-        """Gradient (n,) of the mean loss at a point (n,)."""
+        """Return the gradient (n,) of the mean loss at a point (n,)."""
         return self.at(x)[1].mean(0)
 
     def minimiser(self) -> Tensor:
-        """Where the mean loss of a convex problem is smallest, (n,), found numerically from the start.
+        """Return where the mean loss of a convex problem is smallest, (n,), found numerically from the start.
 
         >>> two_samples().minimiser()
         tensor([-0.3333], dtype=torch.float64)
@@ -61,7 +61,7 @@ class FiniteSum:
 
 
 class Trace(NamedTuple):
-    """What an optimizer saw at the points where it took gradients; one row a step.
+    """What an optimizer saw at the points where it took gradients; one row per step.
 
     Attributes:
         points: x^_k (steps, n), the predicted points.
@@ -105,14 +105,14 @@ def follow(
         The record of all steps.
 
     Raises:
-        ValueError: if ``samples`` has not one row a step, or ``sizes`` do not add up to n.
+        ValueError: if ``samples`` has not one row per step, or ``sizes`` do not add up to n.
 
     >>> run = follow(quadratic([2.0], start=[1.0]), torch.optim.SGD, 2, epsilon=lambda k: 0.5 / k)
     >>> run.points.flatten(), run.last
     (tensor([1., 0.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
     """
     if samples is not None and len(samples) != steps:
-        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
+        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row per step")
     start = torch.tensor(problem.start, dtype=torch.float64)
     cuts = list(sizes or problem.sizes or [len(start)])
     if sum(cuts) != len(start):
@@ -164,7 +164,7 @@ def quadratic(curvatures: Sequence[float], *, minimum: float = 0.0, start: Seque
 
 
 def linear(slopes: Tensor, offsets: Tensor, *, start: Sequence[float] | None = None) -> FiniteSum:
-    """Losses l_i(x) = offset_i + slope_i . x, with gradients chosen by the caller; starts at 0 by default.
+    """Return the losses l_i(x) = offset_i + slope_i . x, with gradients chosen by the caller; starts at 0 by default.
 
     >>> linear(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0])).at([1.0, 1.0])
     (tensor([8.], dtype=torch.float64), tensor([[3., 4.]], dtype=torch.float64))
@@ -264,7 +264,7 @@ _ONLINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # features, 
 
 
 def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> FiniteSum:
-    """A random convex online problem, whose loss of round t is the t-th of the sum.
+    """Return a random convex online problem, whose loss of round t is the t-th of the sum.
 
     Args:
         kind: ``"squares"`` of a linear model; ``"alternating"``, the same with a curvature that changes by a factor of
@@ -286,7 +286,7 @@ def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> Finit
 
 
 def wells_slope(x: Tensor) -> Tensor:
-    """The gradient of f = sum_j x_j^2 / (1 + x_j^2), which is nonconvex with bounded slopes; elementwise."""
+    """Return the gradient of f = sum_j x_j^2 / (1 + x_j^2), which is nonconvex with bounded slopes; elementwise."""
     return 2 * x / (1 + x**2) ** 2
 
 
@@ -339,7 +339,7 @@ class NoisyQuadratic:
         return (linear + constant) / batch_size
 
     def draw(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Samples xi, (*shape, n)."""
+        """Return samples xi, (*shape, n)."""
         normal = torch.randn(*shape, len(self.start), generator=generator, dtype=self.start.dtype)
         factor: Tensor = torch.linalg.cholesky(self.covariance)
         return normal @ factor.T

@@ -74,8 +74,8 @@ def goals(rows: Iterable[Row]) -> list[Row]:
 
     Returns:
         One row per goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what
-        the ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio of
-        medians) and ``met``.
+        the ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio
+        of medians) and ``met``.
     """
     times: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:

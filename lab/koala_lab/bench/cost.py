@@ -29,7 +29,7 @@ def _call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def samples(config: RunConfig) -> int | None:
-    """Return the samples of a training epoch, dropped last batches included; ``None`` for a data set of unknown size."""
+    """Return the samples of a training epoch, dropped last batches included; ``None`` where that is unknown."""
     if config.train_size is not None:
         return config.train_size
     whole = data.DATASETS[config.dataset].samples

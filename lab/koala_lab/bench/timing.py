@@ -34,7 +34,7 @@ def interleave(
     seconds: float = 0.0,
     least: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every job in each round; the jobs take turns, and a first round that makes states is left out.
+    """Time jobs in turn: return the seconds of every job in each round, without the first, which makes states.
 
     Args:
         jobs: What to time, by name.

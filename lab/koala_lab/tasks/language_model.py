@@ -111,7 +111,7 @@ class LanguageModel(Task):
         return nats, tuple(s.detach() for s in state)
 
     def sample_losses(self, batch: Window) -> Tensor:
-        """Return the mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
+        """Return the mean loss of each row of a window, ``(B,)``; reading it moves the state on to the next window."""
         nats, self.state = self._nats(self.network, batch, self.state)
         return nats.mean(1)
 

@@ -265,7 +265,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 @app.command()
 def report(
-    readme: Annotated[bool, typer.Option("--readme", help="also refresh the scoreboard block of README.md")] = False,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="also refresh README.md, SCOREBOARD.md and their picture")
+    ] = False,
 ) -> None:
     """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
     from koala_lab import report as pages
@@ -273,7 +275,7 @@ def report(
     with _one_sentence():
         typer.echo(pages.build())
         if readme:
-            typer.echo(pages.refresh_readme())
+            typer.echo("\n".join(map(str, pages.refresh_committed())))
 
 
 @app.command()

@@ -47,7 +47,7 @@ def build(
             ``"mlp_100"``, ``"cnn_3c3d"`` and ``"resnet32_gn"`` are MEKA's (:mod:`koala_lab.models.meka`), without
             BatchNorm, and ``"resnet8_gn"`` is the last with three blocks in place of fifteen.
         num_classes: Number of classes.
-        in_channels: Number of input channels.
+        in_channels: Number of channels of the images.
         image_size: Height and width of the images in pixels. ``"mlp_100"`` and ``"cnn_3c3d"`` are made for it.
             ``"resnet8"`` has a stem with stride 2 above 16 pixels, which makes a training step on 28x28 images four
             times cheaper; ``"resnext50"`` has ImageNet's stem above 64. The others do not look at it.
@@ -57,7 +57,8 @@ def build(
     Raises:
         ValueError: For an unknown name or a number below 1.
 
-    Weights are drawn from torch's default generator: call ``torch.manual_seed`` before.
+    Notes:
+        Weights are drawn from torch's default generator: call ``torch.manual_seed`` before.
 
     Examples:
         >>> import torch

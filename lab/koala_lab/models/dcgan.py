@@ -22,16 +22,16 @@ class Dcgan(nn.Module):
     pixels: 8 and 32 end at 4x4, 28 at 7x7. Calling the module generates.
 
     Args:
-        channels: Channels of the images.
-        size: Their height and width in pixels.
+        channels, size: Channels of the images, and their height and width in pixels.
         width: Channels at half the resolution; each further halving doubles them.
         latent: Dimension of the noise.
 
     Raises:
         ValueError: If the images cannot be halved once.
 
-    As the authors' network for 64x64 pixels, with fewer halvings; kernels are 4x4 instead of 5x5, so that strides
-    divide them and no checkerboard is built in. Weights are drawn from torch's default generator.
+    Notes:
+        As the authors' network for 64x64 pixels, with fewer halvings; kernels are 4x4 instead of 5x5, so that strides
+        divide them and no checkerboard is built in. Weights are drawn from torch's default generator.
 
     Examples:
         >>> import torch
@@ -55,6 +55,7 @@ class Dcgan(nn.Module):
         self.apply(_initialise)
 
     def forward(self, noise: Tensor) -> Tensor:
+        """Generate images ``(B, channels, size, size)`` in [-1, 1] from noise ``(B, latent)``."""
         images: Tensor = self.generator(noise)
         return images
 

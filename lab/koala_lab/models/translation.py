@@ -26,9 +26,8 @@ class EncoderDecoder(nn.Module):
 
     Args:
         vocabulary: Number of tokens, the same for both languages.
-        width: Size of a hidden state; the layers between attention are four times as wide.
-        heads: Number of heads.
-        layers: Number of layers of each of the two stacks.
+        width, heads, layers: Sizes; ``layers`` for each of the two stacks, and the layers between attention are four
+            times as wide.
         dropout: Probability; on embeddings, attention, and within and after each part of a layer.
         norm_first: See above.
 
@@ -65,7 +64,7 @@ class EncoderDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Return the scores of what comes after each token of the target.
+        """Score what comes after each token of the target.
 
         Args:
             source: int64, ``(B, S)``, filled up with ``PAD`` on the right.
@@ -85,7 +84,7 @@ class EncoderDecoder(nn.Module):
         return cast(Tensor, self.encoder_norm(hidden))
 
     def decode(self, target: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """Return the last hidden state of each token of the target, ``(B, T, width)``."""
+        """Return the last hidden state per token of the target, ``(B, T, width)``, from what :meth:`encode` gave."""
         hidden, length = self._embed(target), target.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         for layer in self.decoder:
@@ -93,7 +92,7 @@ class EncoderDecoder(nn.Module):
         return cast(Tensor, self.decoder_norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the scores of all tokens, ``(…, vocabulary)``, of hidden states ``(…, width)``."""
+        """Score all tokens, ``(…, vocabulary)``, from hidden states ``(…, width)``."""
         return functional.linear(hidden, self.embedding.weight)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -104,7 +103,7 @@ class EncoderDecoder(nn.Module):
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Positions 0, 1, … as sines and cosines, float32 ``(length, width)`` (Vaswani et al., section 3.5)."""
+    """Return positions 0, 1, … as sines and cosines, float32 ``(length, width)`` (Vaswani et al., section 3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.arange(length, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)

@@ -55,7 +55,7 @@ class OnlineRun(NamedTuple):
         return self.floors / self.rates[:, None]
 
     def rounds_of_decrease(self, *, elementwise: bool = True) -> int:
-        """In how many rounds D_t / eta_t decreased in a coordinate, or its 1-norm did."""
+        """Count the rounds in which D_t / eta_t decreased in a coordinate, or its 1-norm did."""
         weights = self.weights if elementwise else self.weights.sum(1, keepdim=True)
         fell = weights[1:] < weights[:-1] * (1 - 1e-12)  # rounding
         return int(fell.any(1).sum())
@@ -83,7 +83,7 @@ def online_run(
     monotone: bool = True,
     ceiling: float = math.inf,
 ) -> OnlineRun:
-    """Algorithm 1 as the theorems have it, for one tensor.
+    """Run Algorithm 1 as the theorems have it, for one tensor.
 
     Args:
         oracle: f_t and its gradient.
@@ -133,16 +133,17 @@ class RegretBound(NamedTuple):
 
     @property
     def total(self) -> float:
+        """The whole right side of (12)."""
         return sum(self)
 
 
 def regret(run: OnlineRun, problem: FiniteSum) -> float:
-    """R_T = sum_t f_t(theta_t) - min_theta sum_t f_t(theta), for a convex problem of T sample losses."""
+    """Return R_T = sum_t f_t(theta_t) - min_theta sum_t f_t(theta), for a convex problem of T sample losses."""
     return float(run.losses.sum() - problem.losses(problem.minimiser()).sum())
 
 
 def regret_bound(run: OnlineRun, comparator: Tensor, *, sigma: float = 1.0) -> RegretBound:
-    """(12) with the D, G, beta and D_T that a run had.
+    """Evaluate (12) with the D, G, beta and D_T that a run had.
 
     Args:
         run: with monotone D_t / eta_t and monotone beta_t.
@@ -196,7 +197,7 @@ def weighted_sum(weights: Tensor, distances: Tensor) -> float:
 
 
 def rate_envelope(rounds: Tensor) -> Tensor:
-    """(1 + log T) / sqrt T, the trend of (14) with its unspecified constants left out.
+    """Return (1 + log T) / sqrt T, the trend of (14) with its unspecified constants left out.
 
     >>> rate_envelope(torch.tensor([1.0, 100.0]))
     tensor([1.0000, 0.5605])
@@ -205,7 +206,7 @@ def rate_envelope(rounds: Tensor) -> Tensor:
 
 
 def constant_of_the_rate(squared_gradients: Tensor) -> Tensor:
-    """Return the least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T, for every T.
+    """Return the least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T for every T.
 
     (14) says that it is bounded.
 

@@ -31,7 +31,7 @@ def _in_eigenbasis(hessian: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    r"""e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
+    r"""Return e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
 
     With :math:`A = I - \alpha H` and :math:`M_t = E[\nabla f_t \nabla f_t^\top]`, and :math:`C_t = -(I - A^t) \Sigma /
     (t + 1)` for the expectation of the gradient times the filter's error,
@@ -70,7 +70,7 @@ def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size:
 
 
 def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    """e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
+    """Return e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
 
     Noise zero is gradient descent.
     """
@@ -84,7 +84,9 @@ def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: floa
 
 
 def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
-    """Where :func:`sgd_excess` settles: 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis; alpha < 2 / L.
+    """Return the limit of :func:`sgd_excess`, 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis.
+
+    It exists for alpha < 2 / L.
 
     >>> sgd_floor(torch.eye(1), torch.eye(1), step_size=1.0)
     0.5
@@ -105,7 +107,7 @@ def excess_limit(hessian: Tensor, noise: Tensor) -> float:
 
 
 def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> float:
-    """E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), which (24) takes to be 0; derived.
+    """Return E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), 0 in (24); derived.
 
     >>> cross_term(torch.eye(1), torch.eye(1), step_size=0.5, t=1)
     -0.25
@@ -125,7 +127,9 @@ def one_step_bound(
 
     Args:
         excess: e_0, ..., e_T, (T + 1,).
-        hessian, noise, step_size: H, Sigma, alpha.
+        hessian: H.
+        noise: Sigma.
+        step_size: alpha.
         with_cross_term: which of the two.
 
     Returns:
@@ -144,12 +148,12 @@ class HyperbolicBound(NamedTuple):
     constant: float
 
     def at(self, t: Tensor) -> Tensor:
-        """constant / t, elementwise, in float64."""
+        """Return constant / t, elementwise, in float64."""
         return self.constant / t.double()
 
 
 def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
-    """a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
+    """Iterate a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
 
     >>> lemma_sequence(0.5, 1.0, 4.0, 2)
     tensor([4., 3., 2.], dtype=torch.float64)
@@ -182,7 +186,7 @@ def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
 
 
 def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float) -> HyperbolicBound:
-    """Proposition 1 with its constants: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
+    """Evaluate Proposition 1: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
 
     Raises:
         ValueError: unless 0 < alpha <= 1 / L, or where alpha mu = 1, for which the lemma says nothing.
@@ -306,7 +310,7 @@ GRADIENTS: Final[dict[str, Callable[[Minibatch, Belief | None], Belief]]] = {
 
 
 def descend(problem: NoisyQuadratic, steps: int, step_size: float | str, **options: Any) -> Tensor:
-    """Run on the noisy quadratic, side by side: f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
+    """Run on the noisy quadratic, side by side; return f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
 
     Arguments and errors are those of :func:`trajectories`, which gives the weights.
     """

@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from koala_lab.claims.statistics import mean_and_half_width as interval
+from koala_lab.files import write_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -109,7 +110,7 @@ def log_y(ax: Axes) -> None:
 
 
 def label(method: str) -> str:
-    """Name of a method as the papers print it."""
+    """Return the name of a method as the papers print it."""
     return LABELS.get(method, method)
 
 
@@ -127,7 +128,7 @@ def seeds(
     """Every seed as a point, beside it the mean and its 95 % t-interval.
 
     Args:
-        data: Tidy results, one row a run.
+        data: Tidy results, one row per run.
         x: Column of the categories.
         y: Column of the metric.
         hue: Column of the methods; without it the categories are the methods.
@@ -197,7 +198,7 @@ def curves(
 
 
 def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
+    """Draw a table, two panels per data set in its order: test error of every seed, training loss by epoch.
 
     Args:
         table: What `koala_lab.runs.table` returns.
@@ -329,10 +330,10 @@ def steps(
     columns: int = 3,
     window: int = 15,
 ) -> Figure:
-    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+    """Runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw and pale.
 
     Args:
-        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
+        records: One row per step by method, with a column ``step``; other columns that are missing are not drawn.
         panels: Title -> column drawn solid, column drawn dashed, unit.
         columns: Panels side by side.
         window: Steps of the running median.
@@ -410,5 +411,5 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
-    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    write_bytes(stem.parent / f"{stem.name}.json", f"{sidecar}\n".encode())
     return png

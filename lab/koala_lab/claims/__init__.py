@@ -7,7 +7,7 @@
 
 from koala_lab.claims.evidence import chosen, circumstances, judge_table
 from koala_lab.claims.judge import NOT_RUN, STATUSES, Verdict, available, combine, find, judge, load, of
-from koala_lab.claims.schema import ANY, PRESETS, Claim, Criterion, read
+from koala_lab.claims.schema import ANY, Claim, Criterion, read
 from koala_lab.claims.scoreboard import (
     BEGIN,
     END,
@@ -23,6 +23,7 @@ from koala_lab.claims.scoreboard import (
     write_verdicts,
 )
 from koala_lab.claims.statistics import interval
+from koala_lab.parameters import PRESETS
 
 __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",

@@ -13,7 +13,9 @@ import pandas as pd
 
 from koala_lab import paths
 from koala_lab.claims.judge import MIXED, NOT_RUN, STATUSES, Verdict, available, find, load
-from koala_lab.claims.schema import ANY, PRESETS, Claim
+from koala_lab.claims.schema import ANY, Claim
+from koala_lab.files import write_json
+from koala_lab.parameters import PRESETS
 
 NOT_YET = "not run yet"
 BEGIN, END = "<!-- scoreboard:begin -->", "<!-- scoreboard:end -->"
@@ -91,11 +93,8 @@ def save(verdicts: Iterable[Verdict], notebook: str, folder: Path | None = None)
 
 def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
     """Write verdicts to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"verdicts": [asdict(v) for v in verdicts]}, indent=1, ensure_ascii=False)
-    temporary = path.with_suffix(".tmp")  # renamed: a reader never sees half a file
-    temporary.write_text(text + "\n", encoding="utf-8")
-    return temporary.replace(path)
+    write_json(path, {"verdicts": [asdict(v) for v in verdicts]})
+    return path
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:

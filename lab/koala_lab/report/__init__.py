@@ -12,6 +12,7 @@ import mistune
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
+from koala_lab.report import overview
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -33,7 +34,6 @@ figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #55
 {figures}
 </body></html>
 """
-
 
 _HOW = """Made by `make figures` from the verdicts of the notebooks; nothing here is typed. A table lists what is
 decided: `reproduced`, `contradicted`, or `mixed`, where data sets or conditions differ. The rest is counted:
@@ -111,6 +111,8 @@ def _figures(folder: Path) -> str:
     blocks = []
     for sidecar in sorted(paths.figures_dir().rglob("*.json")):
         origin = json.loads(sidecar.read_text(encoding="utf-8"))
+        if "notebook" not in origin:  # the picture of the README
+            continue
         stem = html.escape(Path(os.path.relpath(sidecar.with_suffix(""), folder)).as_posix())
         name, runs = html.escape(origin["notebook"]), len(origin["runs"])
         caption = f'{html.escape(origin["figure"])} (<a href="{stem}.pdf">PDF</a>), from '
@@ -120,11 +122,11 @@ def _figures(folder: Path) -> str:
     return "\n".join(blocks) or "<p>No figure has been drawn yet.</p>"
 
 
-def refresh() -> list[Path]:
-    """Replace what the repository shows of the verdicts: README's count rows, SCOREBOARD.md, the committed verdicts."""
+def refresh_committed() -> list[Path]:
+    """Write what the repository shows of the verdicts: README's count rows, SCOREBOARD.md, picture, verdicts."""
     verdicts = claims.saved()
     readme, board = paths.ROOT / "README.md", paths.ROOT / "SCOREBOARD.md"
     text = claims.replace_block(readme.read_text(encoding="utf-8"), claims.counts(verdicts))
     readme.write_text(text, encoding="utf-8")
     board.write_text(f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}", encoding="utf-8")
-    return [readme, board, claims.write_verdicts(verdicts, committed())]
+    return [readme, board, overview.save(), claims.write_verdicts(verdicts, committed())]

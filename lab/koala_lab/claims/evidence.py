@@ -106,7 +106,7 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
         if rule == "printed":
             chosen[row] = Choice(0, _candidates(case[case["row"] == row]).get(0, math.nan))
         elif rule == "own":
-            chosen[row] = found[row]._replace(doubt=doubt or found[row].doubt)
+            chosen[row] = found[row]._replace(doubt=found[row].doubt or doubt)
         else:
             chosen[row] = _same(case, row, rule, found[rule])
     return chosen

@@ -37,6 +37,7 @@ from koala_lab.claims.statistics import interval, spreads
 REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED = "reproduced", "mixed", "inconclusive", "contradicted"
 NOT_RUN = "not run at this scale"
 STATUSES = (REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED, NOT_RUN)
+NO_SPREAD = "every seed gives the same number: no spread to judge by"
 NEAR_THE_BOUND = 0.1  # of a bound: what stays below this share of it does not test it
 
 Seeds = Mapping[int, float | None] | pd.Series  # seed -> final metric; None and NaN are failed runs
@@ -268,8 +269,8 @@ def _judge_seeds(claim: Claim, criterion: Criterion, preset: str, arms: dict[str
         "on_par": f"gain within ±{margin:g}",
         "insensitive": f"all differences within ±{margin:g}",
     }[test]
-    confidence = f"{rule} ({TESTS[test].confidence:.0%} interval)"
-    return _Outcome(status, text, n, f"{confidence}{why}", "seeds")
+    detail = why if why == NO_SPREAD else f"{rule} ({TESTS[test].confidence:.0%} interval){why}"
+    return _Outcome(status, text, n, detail, "seeds")
 
 
 def _incomplete(
@@ -298,7 +299,7 @@ def _pairs(claim: Claim, arms: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.
 def _compare(test: str, margin: float, sample: np.ndarray[Any, Any], comparisons: int) -> tuple[str, str]:
     """Status of one comparison, and what its detail must add."""
     if not spreads(sample):
-        return INCONCLUSIVE, "; every seed gives the same number: no spread to judge by"
+        return INCONCLUSIVE, NO_SPREAD
     confidence = TESTS[test].confidence
     _, *narrow = interval(sample, confidence)
     _, *sure = interval(sample, 1 - (1 - confidence) / comparisons)

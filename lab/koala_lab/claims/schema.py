@@ -302,7 +302,7 @@ def _statement(entry: Any, file: str, named: dict[str, Any], numbers: Mapping[st
         spread = max(first, *others) - min(first, *others)
         given["expected"] = round(spread if given["among"] else gain, 10)
         rows = iter([numbers[name].row for name in ids])
-        given |= {"subject": "" if given["among"] else next(rows), "dataset": numbers[ids[0]].dataset}
+        given |= {"subject": given["subject"] if given["among"] else next(rows), "dataset": numbers[ids[0]].dataset}
         given["among" if given["among"] else "against"] = tuple(rows)
     given["rates"] = _rates(given["rates"], given["among"] or (given["subject"], *given["against"]))
     if missing := [name for name in ("metric", "unit", "notebook") if given[name] is None]:

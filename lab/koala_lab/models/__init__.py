@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from torch import Tensor, nn
 
+from koala_lab.checks import check_known, check_whole
 from koala_lab.models import meka
 from koala_lab.models.resnet import BasicBlock, Bottleneck, GroupedBottleneck, ResNet, WideBottleneck
 
@@ -66,14 +66,10 @@ def build(
         >>> net(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown model {name!r}; did you mean {near!r}? Known: {', '.join(MODELS)}")
+    check_known("model", name, MODELS)
+    check_known("init", init, ("released", *INITIALISATIONS))
     for what, value in (("num_classes", num_classes), ("in_channels", in_channels), ("image_size", image_size)):
-        if value < 1:
-            raise ValueError(f"{what} must be at least 1, got {value}")
-    if init != "released" and init not in INITIALISATIONS:
-        raise ValueError(f"unknown init {init!r}; known are released, {', '.join(INITIALISATIONS)}")
+        check_whole(what, value, 1)
     options = {"stem_stride": 2} if name == "resnet8" and image_size > 16 else {}
     if name == "resnext50" and image_size > 64:
         options = {"large_images": True}

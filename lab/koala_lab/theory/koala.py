@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
 from koala_lib import kalman
 
 
@@ -103,7 +104,7 @@ def gain_bounds(variance: Bounds, measurement_noise: Bounds, gradient_norms: Bou
 
 def gain(variance: Tensor, squared_norm: Tensor, measurement_noise: float) -> Tensor:
     """Return rho = P^ / (P^ |g|^2 + R), elementwise."""
-    return variance / (variance * squared_norm + measurement_noise)
+    return variance / kalman.innovation_variance(variance, squared_norm, variance.new_tensor(measurement_noise))
 
 
 def descent_step(
@@ -144,14 +145,13 @@ def descent_step(
         return x, variance + process_noise
     residual = _residual(loss, target_risk) * epsilon
     moved = x - residual * gain(variance, squared_norm, measurement_noise) * gradient
-    posterior = variance * measurement_noise / (variance * squared_norm + measurement_noise)
-    return moved, posterior + process_noise
+    posterior = kalman.condition_position(variance, squared_norm, variance.new_tensor(measurement_noise))
+    return moved, kalman.predict_position(posterior, variance.new_tensor(process_noise))
 
 
 def _residual(losses: Tensor, target_risk: str) -> Tensor:
     """Return the residual of eqs. (27), (28) at epsilon = 1."""
-    if target_risk not in ("absolute", "relative"):
-        raise ValueError(f"target_risk must be 'absolute' or 'relative', got {target_risk!r}")
+    check_known("target_risk", target_risk, ("absolute", "relative"))
     return losses if target_risk == "relative" else torch.ones_like(losses)
 
 

@@ -12,11 +12,13 @@ without it. The conclusion E[f - f*] = O(1/t) survives with another constant.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
 from koala_lab.theory.problems import NoisyQuadratic
 from koala_lib import kalman
 from koala_lib.step_size import RULES, PredictedChange
@@ -200,6 +202,113 @@ def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_siz
 # ---- simulation --------------------------------------------------------------------------------------------------
 
 
+class Minibatch(NamedTuple):
+    """What a step sees; all runs side by side."""
+
+    problem: NoisyQuadratic
+    theta: Tensor  # weights (runs, n)
+    moved: Tensor  # d, their last displacement (runs, n)
+    losses: Tensor  # of the samples (runs, B)
+    gradients: Tensor  # of the samples (runs, B, n)
+    smoothing: float  # beta, of corrected averages
+    weight: Tensor  # 1 - beta^t, of the average at this step t = 1, 2, ...
+
+    @property
+    def loss(self) -> Tensor:
+        """y (runs,)."""
+        return self.losses.mean(1)
+
+    @property
+    def gradient(self) -> Tensor:
+        """g (runs, n)."""
+        return self.gradients.mean(1)
+
+    def average(self, before: Tensor, value: Tensor) -> Tensor:
+        """Return the corrected average of what one run after the other saw."""
+        return kalman.corrected_average(before, value, self.weight, self.smoothing)
+
+
+class Belief(NamedTuple):
+    """What is followed, and what is believed about it; all runs side by side."""
+
+    gradient: Tensor  # m (runs, n)
+    covariance: Tensor  # P (n, n), or its scalar (runs,)
+    value: Tensor  # u (runs,)
+    value_variance: Tensor  # s (runs,)
+    noises: tuple[Tensor, Tensor] | None = None  # sigma and r (runs,), where they are measured
+
+
+def _along(covariance: Tensor, direction: Tensor) -> Tensor:
+    """v^T P v (runs,) of directions v (runs, n), for P (n, n) or P = p I with p (runs,)."""
+    if covariance.dim() == 1:
+        return covariance * (direction * direction).sum(1)
+    return (direction @ covariance * direction).sum(1)
+
+
+def _filter_value(batch: Minibatch, before: Belief, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """u and s by the function-value filter (16) and (20)."""
+    d, zero = batch.moved, torch.zeros_like(before.value)
+    slope, curvature = (before.gradient * d).sum(1), (d @ batch.problem.hessian * d).sum(1)
+    along = _along(before.covariance, d)
+    predicted = kalman.predict_value(before.value, before.value_variance, slope, curvature, along, zero)
+    after = kalman.condition_value(*predicted, batch.loss, noise)
+    return after.value, after.variance
+
+
+def _full(batch: Minibatch, before: Belief | None) -> Belief:
+    """grad f: gradient descent."""
+    zero = torch.zeros_like(batch.loss)
+    return Belief(batch.problem.gradient(batch.theta), torch.zeros_like(batch.problem.hessian), zero, zero)
+
+
+def _sample(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return the minibatch gradient: SGD."""
+    problem, size = batch.problem, batch.losses.shape[1]
+    noise = problem.loss_noise(batch.theta, size)
+    return Belief(batch.gradient, problem.gradient_noise(size), batch.loss, noise)
+
+
+def _momentum(batch: Minibatch, before: Belief | None) -> Belief:
+    """0.9 m + 0.1 g from m = 0: momentum SGD with the rate alpha / 10, so that alpha means the same."""
+    average = torch.zeros_like(batch.theta) if before is None else before.gradient
+    return _sample(batch, before)._replace(gradient=torch.lerp(batch.gradient, average, 0.9))
+
+
+def _filtered(batch: Minibatch, before: Belief | None) -> Belief:
+    """m_t of MEKA by (15), from m_0 = g_0, P_0 = Sigma, with all covariances known and full."""
+    seen = _sample(batch, before)
+    if before is None:
+        return seen
+    u, s = _filter_value(batch, before, seen.value_variance)
+    transported = before.gradient + batch.moved @ batch.problem.hessian
+    m, P, _ = kalman.condition_gradient(transported, before.covariance, batch.gradient, seen.covariance)
+    return Belief(m, P, u, s)
+
+
+def _measured(batch: Minibatch, before: Belief | None) -> Belief:
+    """m_t of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the minibatch."""
+    if before is None:
+        zero = torch.zeros_like(batch.loss)
+        before = Belief(torch.zeros_like(batch.theta), zero + 1e4, zero, zero + 1e4, (zero, zero))
+    size = batch.losses.shape[1]
+    spread = batch.gradients.var(1).mean(1) / size, batch.losses.var(1) / size
+    assert before.noises is not None
+    sigma, r = (batch.average(old, new) for old, new in zip(before.noises, spread, strict=True))
+    u, s = _filter_value(batch, before, r)
+    transported = before.gradient + batch.moved @ batch.problem.hessian
+    m = torch.lerp(transported, batch.gradient, kalman.gain(before.covariance, sigma)[:, None])
+    return Belief(m, kalman.condition_variance(before.covariance, sigma), u, s, (sigma, r))
+
+
+GRADIENTS: Final[dict[str, Callable[[Minibatch, Belief | None], Belief]]] = {
+    "full": _full,
+    "sample": _sample,
+    "momentum": _momentum,
+    "filtered": _filtered,
+    "measured": _measured,
+}
+
+
 def descend(problem: NoisyQuadratic, steps: int, step_size: float | str, **options: Any) -> Tensor:
     """Run on the noisy quadratic, side by side; return f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
 
@@ -222,74 +331,49 @@ def trajectories(
     """Run on the noisy quadratic, side by side.
 
     Args:
-        problem: the problem.
+        problem: The problem.
         steps: T.
-        step_size: a fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
-        gradient: what is followed: ``"full"`` is grad f (gradient descent), ``"sample"`` the minibatch gradient (SGD),
-            ``"momentum"`` its average 0.9 m + 0.1 g (momentum SGD with the rate alpha / 10, so that alpha means the
-            same), ``"filtered"`` the m_t of MEKA by eq. (15), from m_0 = g_0, P_0 = Sigma, with all covariances known
-            and full, ``"measured"`` that of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the
-            minibatch, whose B must be >= 2.
+        step_size: A fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
+        gradient: What is followed, a name of ``GRADIENTS``: ``"full"`` (gradient descent), ``"sample"`` (SGD),
+            ``"momentum"``, ``"filtered"`` (MEKA with known covariances), ``"measured"`` (MEKA as it is; B >= 2).
         batch_size: B.
-        runs: number of independent runs.
-        seed: of all samples; the same for every kind of gradient.
-        smoothing: coefficient of the corrected average of the chosen alpha, and of the measured variances.
+        runs: Number of independent runs.
+        seed: Of all samples; the same for every kind of gradient.
+        smoothing: Coefficient of the corrected average of the chosen alpha, and of the measured variances.
 
     Returns:
         theta_t for t = 0, ..., T, shape (T + 1, runs, n).
 
     Raises:
-        ValueError: for another ``gradient`` or ``step_size``, or variances to be measured in one sample.
+        ValueError: For another ``gradient`` or ``step_size``, or variances to be measured in one sample.
     """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be {', '.join(map(repr, GRADIENTS[:-1]))} or 'measured', got {gradient!r}")
-    if isinstance(step_size, str) and step_size not in RULES:
-        raise ValueError(f"step_size must be a number or one of {', '.join(map(repr, RULES))}, got {step_size!r}")
+    check_known("gradient", gradient, GRADIENTS)
+    if isinstance(step_size, str):
+        check_known("step_size", step_size, RULES)
     if gradient == "measured" and batch_size < 2:
         raise ValueError(f"measured variances need batch_size >= 2, got {batch_size}")
-    H, Sigma = problem.hessian, problem.gradient_noise(batch_size)
     generator = torch.Generator().manual_seed(seed)
     theta = problem.start.expand(runs, -1)
-    d, P, zero = torch.zeros_like(theta), torch.zeros_like(H), theta.new_zeros(runs)
-    sigma, alpha, p = zero, zero, zero + 1e4
-    m, u, s, r = torch.zeros_like(theta), zero, p, zero
+    d, alpha, belief = torch.zeros_like(theta), theta.new_zeros(runs), None
     path = [theta]
-    for t in range(steps):
+    for t in range(1, steps + 1):
         shift = theta[:, None] - problem.draw(runs, batch_size, generator=generator)
-        losses, gradients = problem.excess(shift), problem.gradient(shift)
-        y, g, share = losses.mean(1), gradients.mean(1), theta.new_tensor(1 - smoothing ** (t + 1))
-        if gradient == "measured":
-            measured = gradients.var(1).mean(1) / batch_size, losses.var(1) / batch_size
-            sigma = kalman.corrected_average(sigma, measured[0], share, smoothing)
-            r = kalman.corrected_average(r, measured[1], share, smoothing)
-        else:
-            r = problem.loss_noise(theta, batch_size)
-        if gradient == "full":
-            m, s = problem.gradient(theta), zero
-        elif gradient == "measured":
-            change_of_slope = (d @ H * d).sum(1)
-            predicted = kalman.predict_value(u, s, (m * d).sum(1), change_of_slope, p * (d * d).sum(1), zero)
-            u, s, _ = kalman.condition_value(*predicted, y, r)
-            m = torch.lerp(m + d @ H, g, kalman.gain(p, sigma)[:, None])
-            p = kalman.condition_variance(p, sigma)
-        elif t == 0 or gradient in ("sample", "momentum"):
-            m = torch.lerp(g, m, 0.9) if gradient == "momentum" else g
-            P, u, s = Sigma, y, r
-        else:
-            predicted = kalman.predict_value(u, s, (m * d).sum(1), (d @ H * d).sum(1), (d @ P * d).sum(1), zero)
-            u, s, _ = kalman.condition_value(*predicted, y, r)
-            m, P, _ = kalman.condition_gradient(m + d @ H, P, g, Sigma)
+        weight = theta.new_tensor(1 - smoothing**t)
+        batch = Minibatch(problem, theta, d, problem.excess(shift), problem.gradient(shift), smoothing, weight)
+        belief = GRADIENTS[gradient](batch, belief)
         if isinstance(step_size, str):
-            slope_variance = p * (m * m).sum(1) if gradient == "measured" else (m @ P * m).sum(1)
-            change = PredictedChange((m * m).sum(1), (m @ H * m).sum(1), s, slope_variance, zero)
-            optimum = RULES[step_size](change, 1.0)
-            alpha = kalman.corrected_average(alpha, optimum, share, smoothing)
-            d = -alpha[:, None] * m
+            alpha = batch.average(alpha, _optimum(step_size, belief, problem.hessian))
+            d = -alpha[:, None] * belief.gradient
         else:
-            d = -step_size * m
+            d = -step_size * belief.gradient
         theta = theta + d
         path.append(theta)
     return torch.stack(path)
 
 
-GRADIENTS = ("full", "sample", "momentum", "filtered", "measured")
+def _optimum(rule: str, belief: Belief, hessian: Tensor) -> Tensor:
+    """Return the step size of a rule along the negative gradient, at most 1 where there is no optimum; (runs,)."""
+    m, zero = belief.gradient, torch.zeros_like(belief.value)
+    slope, curvature = (m * m).sum(1), (m @ hessian * m).sum(1)
+    change = PredictedChange(slope, curvature, belief.value_variance, _along(belief.covariance, m), zero)
+    return RULES[rule](change, 1.0)

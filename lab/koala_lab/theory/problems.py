@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
+
 
 @dataclass(frozen=True)
 class FiniteSum:
@@ -59,7 +61,7 @@ class FiniteSum:
 
 
 class Trace(NamedTuple):
-    """What an optimizer saw at the points where it took gradients; one row a step.
+    """What an optimizer saw at the points where it took gradients; one row per step.
 
     Attributes:
         points: x^_k (steps, n), the predicted points.
@@ -103,14 +105,14 @@ def follow(
         The record of all steps.
 
     Raises:
-        ValueError: if ``samples`` has not one row a step, or ``sizes`` do not add up to n.
+        ValueError: if ``samples`` has not one row per step, or ``sizes`` do not add up to n.
 
     >>> run = follow(quadratic([2.0], start=[1.0]), torch.optim.SGD, 2, epsilon=lambda k: 0.5 / k)
     >>> run.points.flatten(), run.last
     (tensor([1., 0.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
     """
     if samples is not None and len(samples) != steps:
-        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
+        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row per step")
     start = torch.tensor(problem.start, dtype=torch.float64)
     cuts = list(sizes or problem.sizes or [len(start)])
     if sum(cuts) != len(start):
@@ -270,7 +272,11 @@ def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> Finit
         rounds: T.
         n: number of weights; their features' scales go from 0.1 to 3.
         seed: of features, observations and start.
+
+    Raises:
+        ValueError: For another kind.
     """
+    check_known("kind", kind, _ONLINE)
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** torch.linspace(-1, 0.5, n, dtype=torch.float64)
     A = torch.randn(rounds, n, generator=generator, dtype=torch.float64) * scales

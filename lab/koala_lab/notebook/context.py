@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,9 +128,9 @@ def start(name: str) -> Notebook:
     pd.set_option("display.width", 100, "display.max_rows", None, "display.max_columns", None, "display.precision", 3)
     plots.style()
     scale = scale_of(name, values)
-    print(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()))
+    print(textwrap.fill(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()), 100, break_long_words=False))
     if scale == CUSTOM:
-        print(f"custom: not the parameters of preset {values['preset']}, so nothing here counts for the scoreboard")
+        print(f"custom: not the parameters of preset {values['preset']}; nothing here enters the scoreboard")
     return Notebook(name=name, preset=values["preset"], params=values, store=Store(), scale=scale)
 
 

@@ -12,6 +12,7 @@ import mistune
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
+from koala_lab.report import overview
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -21,24 +22,30 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table {{ border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top }}
 figure {{ margin: 1.5rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #555; font-size: .9rem }}
-.failed, .contradicted {{ color: #b00020 }} .reproduced {{ color: #1b6e2e }} .inconclusive {{ color: #8a5a00 }}
+.failed, .contradicted {{ color: #b00020 }} .reproduced {{ color: #1b6e2e }} .mixed {{ color: #8a5a00 }}
 </style></head><body>
 <h1>koala_lib: what reproduces</h1>
 <h2>Notebooks</h2>
 {notebooks}
 <h2>Scoreboard</h2>
-{short}
+{differences}
+{scoreboard}
 <h2>Figures</h2>
 {figures}
-<h2>Every claim</h2>
-{full}
 </body></html>
 """
 
+_HOW = """Made by `make figures` from the verdicts of the notebooks; nothing here is typed. A table lists what is
+decided: `reproduced`, `contradicted`, or `mixed`, where data sets or conditions differ. The rest is counted:
+`inconclusive` (the measurements cannot tell, or nothing could have failed, or no network has learned the task),
+`not run yet`, and `not run at this scale`, where the claim lists no test for it. † marks verdicts that another
+processor flips.
+"""
 
-def scoreboard(*, full: bool) -> str:
+
+def scoreboard() -> str:
     """The scoreboard of all verdicts in the report folder, as Markdown."""
-    return claims.scoreboard(claims.saved(), full=full)
+    return claims.scoreboard(claims.saved())
 
 
 def build() -> Path:
@@ -50,17 +57,37 @@ def build() -> Path:
     folder = paths.report_dir()
     folder.mkdir(parents=True, exist_ok=True)
     page = _PAGE.format(
-        notebooks=_notebooks(folder), short=_table(full=False), figures=_figures(folder), full=_table(full=True)
+        notebooks=_notebooks(folder), differences=_differences(), scoreboard=_table(), figures=_figures(folder)
     )
     index = folder / "index.html"
     index.write_text(page, encoding="utf-8")
     return index
 
 
-def _table(*, full: bool) -> str:
+def _table() -> str:
     """The scoreboard as HTML, its cells in the colour of their verdict."""
-    table = str(mistune.create_markdown(escape=False, plugins=["table"])(scoreboard(full=full)))
-    return re.sub(r"<td([^>]*)>(reproduced|inconclusive|contradicted)\b", r'<td\1 class="\2">\2', table)
+    table = str(mistune.create_markdown(escape=False, plugins=["table"])(scoreboard()))
+    return re.sub(r"<td([^>]*)>(reproduced|mixed|contradicted)\b", r'<td\1 class="\2">\2', table)
+
+
+def committed() -> Path:
+    """Where the verdicts that the repository shows are committed."""
+    return paths.results_dir() / "verdicts.json"
+
+
+def differences(folder: Path | None = None) -> list[str]:
+    """Where the verdicts in the report folder differ from those below another one, or from the committed ones.
+
+    Args:
+        folder: Such as the ``verdicts`` of a report that was made under another kernel path.
+    """
+    there = claims.read_verdicts(committed()) if folder is None else claims.saved(folder)
+    return claims.differences(claims.saved(), there)
+
+
+def _differences() -> str:
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in differences())
+    return f"<p>This machine's verdicts that differ from the committed ones:</p><ul>{lines}</ul>" if lines else ""
 
 
 def _notebooks(folder: Path) -> str:
@@ -84,6 +111,8 @@ def _figures(folder: Path) -> str:
     blocks = []
     for sidecar in sorted(paths.figures_dir().rglob("*.json")):
         origin = json.loads(sidecar.read_text(encoding="utf-8"))
+        if "notebook" not in origin:  # the picture of the README
+            continue
         stem = html.escape(Path(os.path.relpath(sidecar.with_suffix(""), folder)).as_posix())
         name, runs = html.escape(origin["notebook"]), len(origin["runs"])
         caption = f'{html.escape(origin["figure"])} (<a href="{stem}.pdf">PDF</a>), from '
@@ -93,9 +122,11 @@ def _figures(folder: Path) -> str:
     return "\n".join(blocks) or "<p>No figure has been drawn yet.</p>"
 
 
-def refresh_readme() -> Path:
-    """Replace the generated scoreboard block of the README."""
-    readme = paths.ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(claims.replace_block(text, scoreboard(full=False)), encoding="utf-8")
-    return readme
+def refresh_committed() -> list[Path]:
+    """Write what the repository shows of the verdicts: README's count rows, SCOREBOARD.md, picture, verdicts."""
+    verdicts = claims.saved()
+    readme, board = paths.ROOT / "README.md", paths.ROOT / "SCOREBOARD.md"
+    text = claims.replace_block(readme.read_text(encoding="utf-8"), claims.counts(verdicts))
+    readme.write_text(text, encoding="utf-8")
+    board.write_text(f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}", encoding="utf-8")
+    return [readme, board, overview.save(), claims.write_verdicts(verdicts, committed())]

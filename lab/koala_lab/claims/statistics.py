@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special  # type: ignore[import-untyped]
 
 Numbers = Sequence[float] | np.ndarray[Any, Any]
 
@@ -21,11 +21,9 @@ def interval(sample: Numbers, confidence: float = 0.95) -> tuple[float, float, f
     x = np.asarray(sample, dtype=float)
     if len(x) < 2:
         raise ValueError(f"an interval needs at least 2 values, got {len(x)}")
-    mean, error = float(x.mean()), float(stats.sem(x))
-    if error == 0.0:
-        return mean, mean, mean
-    low, high = stats.t.interval(confidence, len(x) - 1, loc=mean, scale=error)
-    return mean, float(low), float(high)
+    mean, error = float(x.mean()), float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = float(special.stdtrit(len(x) - 1, 0.5 + confidence / 2)) * error  # Student t quantile
+    return mean, mean - half, mean + half
 
 
 def mean_and_half_width(values: Numbers, confidence: float = 0.95) -> tuple[float, float]:

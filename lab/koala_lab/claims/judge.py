@@ -37,6 +37,7 @@ from koala_lab.claims.statistics import interval, spreads
 REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED = "reproduced", "mixed", "inconclusive", "contradicted"
 NOT_RUN = "not run at this scale"
 STATUSES = (REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED, NOT_RUN)
+NO_SPREAD = "every seed gives the same number: no spread to judge by"
 NEAR_THE_BOUND = 0.1  # of a bound: what stays below this share of it does not test it
 
 Seeds = Mapping[int, float | None] | pd.Series  # seed -> final metric; None and NaN are failed runs
@@ -54,9 +55,10 @@ class Verdict:
         n: How many seeds or cases, as ``counted`` says.
         status: One of ``STATUSES``.
         detail: The rule, or the reason why nothing is decided.
-        counted: ``seeds`` or ``cases``.
-        share: Of a mixed verdict, how many of how many cases are reproduced, such as ``1 of 3``.
-        setting: Data set, network, length, and how the rates were chosen.
+        counted: What ``n`` counts: ``seeds``, ``cases``, ``rounds``.
+        share: Of a mixed verdict, how many of how many cases, such as ``1 of 3 reproduced``.
+        setting: Data set, network and length.
+        rates: How the learning rates were chosen.
     """
 
     claim_id: str
@@ -69,6 +71,7 @@ class Verdict:
     counted: str = "seeds"
     share: str = ""
     setting: str = ""
+    rates: str = ""
 
     @property
     def decided(self) -> bool:
@@ -128,6 +131,8 @@ def judge(
     cut: Collection[str] = (),
     doubt: str = "",
     setting: str = "",
+    rates: str = "",
+    counted: str = "",
 ) -> Verdict:
     """Compare a claim with what was measured at one preset.
 
@@ -150,6 +155,8 @@ def judge(
         cut: Ranges: the rows whose range goes on beyond the window.
         doubt: Why the evidence decides nothing, whatever it says; see `evidence.circumstances`.
         setting: Data, network and length, for the scoreboard.
+        rates: How the learning rates were chosen, for the scoreboard.
+        counted: What the seeds of ``values`` or ``arms`` really are, such as ``rounds`` of a measurement.
     """
     claim = find(claim) if isinstance(claim, str) else claim
     if preset not in PRESETS:
@@ -172,13 +179,12 @@ def judge(
         names = claim.arms if arms is not None else ("values",)
         samples = {row: _seeds(claim, row, source) for row in names}
         outcome = _judge_seeds(claim, criterion, preset, samples)
-        if claim.kind == "range" and outcome.status != INCONCLUSIVE:
-            doubt = doubt or _unresolved(samples, step, cut)
-    if doubt and outcome.status != INCONCLUSIVE:
+        doubt = doubt or (_unresolved(samples, step, cut) if claim.kind == "range" else "")
+    if doubt and outcome.measured != "–":
         outcome = outcome._replace(status=INCONCLUSIVE, detail=doubt, share="")
     at = ANY if claim.scale_free else preset
-    status, text, n, detail, counted, share = outcome
-    return Verdict(claim.id, at, claim.paper, text, n, status, detail, counted, share, setting)
+    status, text, n, detail, units, share = outcome
+    return Verdict(claim.id, at, claim.paper, text, n, status, detail, counted or units, share, setting, rates)
 
 
 def _check_evidence(claim: Claim, criterion: Criterion, evidence: Mapping[str, Any]) -> None:
@@ -218,6 +224,7 @@ def combine(cases: Mapping[str, Verdict]) -> Verdict:
         n=min(v.n for v in cases.values()),
         detail="; ".join(details) or first.detail,
         setting="; ".join(dict.fromkeys(v.setting for v in cases.values() if v.setting)),
+        rates="; ".join(dict.fromkeys(v.rates for v in cases.values() if v.rates)),
     )
 
 
@@ -225,7 +232,8 @@ def _agreed(statuses: list[str]) -> tuple[str, str]:
     """Status and share of several cases."""
     if len(set(statuses)) == 1:
         return statuses[0], ""
-    return MIXED, f"{statuses.count(REPRODUCED)} of {len(statuses)}"
+    shown = REPRODUCED if REPRODUCED in statuses else CONTRADICTED
+    return MIXED, f"{statuses.count(shown)} of {len(statuses)} {shown}"
 
 
 # ---- samples over seeds
@@ -268,8 +276,8 @@ def _judge_seeds(claim: Claim, criterion: Criterion, preset: str, arms: dict[str
         "on_par": f"gain within ±{margin:g}",
         "insensitive": f"all differences within ±{margin:g}",
     }[test]
-    confidence = f"{rule} ({TESTS[test].confidence:.0%} interval)"
-    return _Outcome(status, text, n, f"{confidence}{why}", "seeds")
+    detail = why if why == NO_SPREAD else f"{rule} ({TESTS[test].confidence:.0%} interval){why}"
+    return _Outcome(status, text, n, detail, "seeds")
 
 
 def _incomplete(
@@ -298,7 +306,7 @@ def _pairs(claim: Claim, arms: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.
 def _compare(test: str, margin: float, sample: np.ndarray[Any, Any], comparisons: int) -> tuple[str, str]:
     """Status of one comparison, and what its detail must add."""
     if not spreads(sample):
-        return INCONCLUSIVE, "; every seed gives the same number: no spread to judge by"
+        return INCONCLUSIVE, NO_SPREAD
     confidence = TESTS[test].confidence
     _, *narrow = interval(sample, confidence)
     _, *sure = interval(sample, 1 - (1 - confidence) / comparisons)

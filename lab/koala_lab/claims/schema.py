@@ -216,7 +216,7 @@ def _checked(claim: Claim, at: str) -> Claim:
         (exact and not claim.scale_free, "judge", f"what is {claim.kind} has no scale: give one test under {ANY!r}"),
         (bool(claim.rates) and not ordering, "rates", "only for an ordering"),
         (
-            not {*claim.rates.values()} <= {*RATES, *claim.arms} or not {*claim.rates} <= {*claim.arms},
+            not {*claim.rates} <= {*claim.arms} or not all(isinstance(how, str) for how in claim.rates.values()),
             "rates",
             f"expected {', '.join(RATES)} or a row, for rows of the claim; got {dict(claim.rates)!r}",
         ),
@@ -302,7 +302,7 @@ def _statement(entry: Any, file: str, named: dict[str, Any], numbers: Mapping[st
         spread = max(first, *others) - min(first, *others)
         given["expected"] = round(spread if given["among"] else gain, 10)
         rows = iter([numbers[name].row for name in ids])
-        given |= {"subject": "" if given["among"] else next(rows), "dataset": numbers[ids[0]].dataset}
+        given |= {"subject": given["subject"] if given["among"] else next(rows), "dataset": numbers[ids[0]].dataset}
         given["among" if given["among"] else "against"] = tuple(rows)
     given["rates"] = _rates(given["rates"], given["among"] or (given["subject"], *given["against"]))
     if missing := [name for name in ("metric", "unit", "notebook") if given[name] is None]:

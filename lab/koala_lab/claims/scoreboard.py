@@ -48,7 +48,7 @@ def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str
         if count:
             texts.append(_wrap(f"{_at(at)}: {count} {status}{': ' + why if why else ''}", ""))
     if claims:
-        texts.append(f"{len(claims)} claims")
+        texts.append(f"{len(claims)} claims in all")
     return "\n".join(texts) or "nothing judged"
 
 
@@ -57,11 +57,15 @@ def _at(preset: str) -> str:
 
 
 def _short(detail: str) -> str:
-    return "" if detail.startswith("the claim lists") else detail.split(" (")[0]
+    """Why nothing is decided, in words that several claims share."""
+    if detail.startswith("the claim lists"):
+        return ""
+    return "the interval cannot tell" if "% interval)" in detail else detail
 
 
 def _sentence(v: Verdict) -> str:
-    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}"
+    rates = f"; rates {v.rates}" if v.rates else ""
+    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}{rates}"
 
 
 def _wrap(text: str, indent: str) -> str:
@@ -211,7 +215,8 @@ def _verdict_row(claim: Claim, v: Verdict) -> str:
     mark = " †" if claim.fragile and v.preset in (PRESETS[0], ANY) else ""
     why = f"; {v.detail}" if v.status == MIXED else ""
     says, n = f"{claim.paper}{kind}", f"{v.n} {v.counted}"
-    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, v.setting or "–")
+    on = "; ".join(filter(None, (v.setting, v.rates and f"rates {v.rates}"))) or "–"
+    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, on)
 
 
 def _status(claim: Claim, preset: str, judged: _Judged) -> str:

@@ -266,13 +266,20 @@ def _pair(text: str) -> tuple[str, str]:
 @app.command()
 def report(
     readme: Annotated[
-        bool, typer.Option("--readme", help="also refresh README.md, SCOREBOARD.md and their picture")
+        bool, typer.Option("--readme", help="also refresh README.md, SCOREBOARD.md, their picture and stored verdicts")
     ] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="a folder of verdicts; list where this report's differ, and do nothing else")
+    ] = None,
 ) -> None:
     """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
     from koala_lab import report as pages
 
     with _one_sentence():
+        if compare is not None:
+            for line in pages.differences(compare):
+                typer.echo(line)
+            return
         typer.echo(pages.build())
         if readme:
             typer.echo("\n".join(map(str, pages.refresh_committed())))
@@ -294,6 +301,15 @@ def bench(
     with _one_sentence():
         _check_device(device)
     benchmark.main(device, whole=training_step, meka=meka)
+
+
+@app.command("references")
+def measure_references(preset: Preset = "quick", only: Only = "*") -> None:
+    """Measure the simple models that runs must beat to count, where data/results/references.json lacks them."""
+    from koala_lab.runs import references
+
+    with _one_sentence():
+        references.store([c for grid in plan(preset, only).values() for c in grid], typer.echo)
 
 
 @app.command()

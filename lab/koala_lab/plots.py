@@ -239,6 +239,8 @@ def table(
     labels: Mapping[str, str] | None = None,
     unit: str = "test error (%)",
     curve_unit: str = "training loss (nats)",
+    limit: float | None = None,
+    curve_limit: float | None = None,
 ) -> Figure:
     """A table as a picture: its rows from top to bottom, and a line of panels per data set and network.
 
@@ -254,6 +256,8 @@ def table(
         labels: Names of rows for people.
         unit: What the horizontal axes say.
         curve_unit: What the vertical axis of the curves says.
+        limit: Where the horizontal axes end; what lies beyond is a triangle there, and has no interval.
+        curve_limit: Losses above it are drawn at it.
 
     Returns:
         The figure.
@@ -268,12 +272,13 @@ def table(
         panels = list(axes)
         if printed:
             _printed(panels.pop(0), printed, rows)
-        _dots(panels[0], case, metric, rows, shades)
+        _dots(panels[0], case, metric, rows, shades, limit)
         panels[0].set(xlabel=unit, title=f"{dataset}, {model}, n = {case['seed'].nunique()}")
         axes[0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows])
         if curves is not None:
             one = curves[(curves["dataset"] == dataset) & (curves["model"] == model)]
-            _mean_curves(panels[1], one[one["metric"] == curve_metric], shades)
+            drawn = one[one["metric"] == curve_metric]
+            _mean_curves(panels[1], drawn.assign(value=drawn["value"].clip(upper=curve_limit)), shades)
             panels[1].set(xlabel="epoch", ylabel=curve_unit)
     return fig
 
@@ -291,13 +296,21 @@ def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> Non
     _row_axis(ax, rows)
 
 
-def _dots(ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str]) -> None:
+def _dots(
+    ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str], limit: float | None
+) -> None:
     """Every seed, and the mean of each row with its interval."""
+    end = math.inf if limit is None else limit
     for place, row in enumerate(rows):
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
-        mean, half = interval(values)
-        ax.plot(values, np.full(len(values), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
-        ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
+        inside, beyond = values[values <= end], values[values > end]
+        ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
+        ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
+        if not len(beyond):
+            mean, half = interval(values)
+            ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
+    if limit is not None:
+        ax.set_xlim(right=limit)
     _row_axis(ax, rows)
 
 

@@ -276,7 +276,11 @@ def test_minimal_file(tmp_path: Path) -> None:
         ("tolerance: 1.0", "tolerance: -1.0", r"judge.paper: field 'tolerance': .*0 or more"),
         ("tolerance: 1.0", "tolerance: 1.0, beyond: 2.0", r"field 'beyond': only for measured numbers"),
         ("test: value", "test: t_test", r"judge.paper: field 'test': unknown test 't_test'"),
-        ("{paper: {test: value, tolerance: 1.0}}", "{big: {test: value}}", r"unknown field 'big'; known are any, quick"),
+        (
+            "{paper: {test: value, tolerance: 1.0}}",
+            "{big: {test: value}}",
+            r"unknown field 'big'; known are any, quick",
+        ),
         ("{paper: {test: value, tolerance: 1.0}}", "{paper: {test: holds}}", r"field 'test': holds cannot judge a val"),
         ("judge: better", "judge: beter", r"koala.table1.a_beats_b: field 'judge': no criteria named 'beter'"),
         ("kind: ordering", "kind: order", r"a_beats_b: field 'kind': unknown kind 'order'"),

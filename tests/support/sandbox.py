@@ -19,10 +19,7 @@ widths: list[int] = [1, 2]"""
 
 GRID = """from koala_lab.config import RunConfig
 
-grid = [
-    RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1, seed=seed + i)
-    for i in range(n_seeds)
-]"""
+grid = {"sgd": RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1)}"""
 
 
 class Project:

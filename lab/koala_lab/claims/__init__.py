@@ -14,11 +14,13 @@ from koala_lab.claims.scoreboard import (
     counts,
     differences,
     lines,
+    read_verdicts,
     replace_block,
     save,
     saved,
     scoreboard,
     table,
+    write_verdicts,
 )
 from koala_lab.claims.statistics import interval
 from koala_lab.parameters import PRESETS
@@ -26,6 +28,6 @@ from koala_lab.parameters import PRESETS
 __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
     "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
-    "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "replace_block",
-    "save", "saved", "scoreboard", "table",
+    "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "read_verdicts", "replace_block",
+    "save", "saved", "scoreboard", "table", "write_verdicts",
 ]  # fmt: skip

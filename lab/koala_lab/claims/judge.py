@@ -382,8 +382,8 @@ def _judge_never(cases: dict[str, float], contrast: dict[str, float] | None) -> 
 
 def _judge_vanishes(criterion: Criterion, measured: Any) -> _Outcome:
     """Whether a quantity falls like a power of the horizon, or faster, between any two horizons."""
-    nested = isinstance(measured, Mapping) and any(isinstance(v, Mapping) for v in measured.values())
-    cases = measured if nested else {"": measured}
+    by_horizon = isinstance(measured, Mapping) and all(isinstance(k, int | float | np.number) for k in measured)
+    cases = measured if isinstance(measured, Mapping) and not by_horizon else {"": measured}
     statuses, texts = [], []
     for name, horizons in cases.items():
         status, text = _falls(horizons, criterion.margin)

@@ -86,20 +86,31 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 
 def save(verdicts: Iterable[Verdict], notebook: str, folder: Path | None = None) -> Path:
     """Write one notebook's verdicts to ``verdicts/<notebook>.json`` in the report, or to another folder."""
-    path = folder / "verdicts.json" if folder else paths.report_dir() / "verdicts" / f"{notebook}.json"
+    return write_verdicts(
+        verdicts, folder / "verdicts.json" if folder else paths.report_dir() / "verdicts" / f"{notebook}.json"
+    )
+
+
+def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
+    """Write verdicts to a file."""
     write_json(path, {"verdicts": [asdict(v) for v in verdicts]})
     return path
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:
     """All verdicts below a folder, by default ``report/verdicts``, in the order of the file names."""
-    verdicts = []
-    for path in sorted((folder or paths.report_dir() / "verdicts").rglob("*.json")):
-        try:
-            verdicts += [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["verdicts"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of verdicts ({error}); run its notebook again") from error
-    return verdicts
+    files = sorted((folder or paths.report_dir() / "verdicts").rglob("*.json"))
+    return [verdict for path in files for verdict in read_verdicts(path)]
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts of one file; none if there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        return [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["verdicts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of verdicts ({error}); run its notebook again") from error
 
 
 def differences(here: Iterable[Verdict], there: Iterable[Verdict]) -> list[str]:

@@ -18,7 +18,7 @@ from koala_lib.optim._engine.checks import (
 )
 from koala_lib.optim._engine.compiled import CompiledPass
 from koala_lib.optim._engine.lists import scalar_dtype, wide
-from koala_lib.optim._engine.passes import Bucket, Passes, add, decayed, is_tensor, scalars, squared_norms
+from koala_lib.optim._engine.passes import Bucket, Passes, Scalars, add, decayed, scalars, squared_norms
 from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
 
 __all__ = ["Apollo"]
@@ -28,14 +28,14 @@ __all__ = ["Apollo"]
 
 
 class _Tensors(NamedTuple):
-    """What a step needs of a bucket; entry i of every list and vector belongs to tensor i."""
+    """What a step needs of a bucket; entry i of every list belongs to tensor i."""
 
     params: list[Tensor]  # theta_t
     grads: list[Tensor]  # g_{t+1}
     means: list[Tensor]  # m_t
     curvatures: list[Tensor]  # B_t
     directions: list[Tensor]  # d_t, where decoupled weight decay keeps it
-    mean_rates: Tensor  # (1 - beta) / (1 - beta^(t+1)), the weight of the new gradient in the average
+    mean_rates: Scalars  # a = (1 - beta) / (1 - beta^(t+1)), the weight of the new gradient in the average
     sigma: float
     weight_decay: float
     maximize: bool
@@ -43,7 +43,7 @@ class _Tensors(NamedTuple):
 
 def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
     D = list(torch._foreach_abs(wide(curvatures)))
-    if is_tensor(sigma):
+    if torch.is_tensor(sigma):  # in compiled code, where another value must compile nothing
         D = [t.clamp(min=sigma) for t in D]
     else:
         torch._foreach_clamp_min_(D, sigma)  # D = max(|B|, sigma) (10)
@@ -51,30 +51,39 @@ def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: Any) -> li
 
 
 def _secant(t: _Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Return d_t, stored or computed anew, and y = m_{t+1} - m_t."""
+    """Return d_t, stored or computed anew, and z = g_{t+1} - m_t, in which m changes: y = m_{t+1} - m_t = a z (9)."""
     g = wide(t.grads)
     if t.maximize:
         g = list(torch._foreach_neg(g))
     if not t.directions:  # weight decay goes into the gradient; where directions are stored, into these
         g = decayed(t.params, g, t.weight_decay)
-    y = list(torch._foreach_sub(g, t.means))
-    torch._foreach_mul_(y, t.mean_rates.to(y[0].dtype).unbind())  # y = (1 - beta) / (1 - beta^(t+1)) (g - m) (9)
-    return wide(t.directions) or _directions(t.means, t.curvatures, t.sigma), y
+    return wide(t.directions) or _directions(t.means, t.curvatures, t.sigma), list(torch._foreach_sub(g, t.means))
 
 
-def _sums(curvatures: list[Tensor], d: list[Tensor], y: list[Tensor], squares: list[Tensor]) -> Tensor:
-    """d^T y + d^T B d and |d|_4^4 of every tensor, (2, n), given the squares of the elements of d."""
-    products = list(torch._foreach_addcmul(y, wide(curvatures), d))
-    torch._foreach_mul_(products, d)  # (y + B d) d
+def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], squares: list[Tensor], rates: Scalars) -> Tensor:
+    """d^T y + d^T B d with y = a z, and |d|_4^4, of every tensor, (2, n); ``squares`` are those of d's elements."""
+    products = list(torch._foreach_mul(wide(curvatures), d))
+    add(products, z, rates)  # B d + y
+    torch._foreach_mul_(products, d)
     fourth_powers = squared_norms(squares)
     return torch.stack([torch.stack([t.sum() for t in products]).to(fourth_powers.dtype), fourth_powers])
 
 
-def _factors(sums: Tensor, eps: float) -> Tensor:
-    """The factor of d^2 in (8) for every tensor: (d^T y + d^T B d) / (|d|_4 + eps)^4, 0 without a direction."""
-    excess, fourth_power = sums
-    scale = (fourth_power.sqrt().sqrt() + eps).square().square()
-    return torch.where(scale == 0, 0.0, excess / scale)
+def _factor(excess: Any, fourth_power: Any, eps: float) -> Any:
+    """The factor of d^2 in (8), a number or a vector: (d^T y + d^T B d) / (|d|_4 + eps)^4, 0 without a direction."""
+    root = (fourth_power**0.5) ** 0.5 + eps
+    scale = (root * root) * (root * root)
+    return excess / (scale + (scale == 0))
+
+
+def _update_curvatures(
+    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], mean_rates: Scalars, eps: float
+) -> None:
+    squares = list(torch._foreach_mul(d, d))
+    sums = scalars(_sums(curvatures, d, z, squares, mean_rates))
+    numbers = isinstance(sums, list)
+    factors = [_factor(*pair, eps) for pair in zip(*sums, strict=True)] if numbers else _factor(*sums, eps)
+    add(curvatures, squares, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -89,20 +98,18 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    squares = list(torch._foreach_mul(directions, directions))
-    factors = _factors(_sums(curvatures, directions, changes, squares), eps)
-    add(curvatures, squares, scalars(factors), sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
+    _update_curvatures(curvatures, directions, changes, [1.0] * len(changes), eps)
 
 
-def _descend(t: _Tensors, y: list[Tensor], rates: Tensor) -> None:
-    """Move averages and weights, in place, once the curvatures are new."""
-    torch._foreach_add_(t.means, y)  # m_{t+1} = m_t + y (9)
+def _descend(t: _Tensors, z: list[Tensor], rates: Scalars) -> None:
+    """Move averages and weights, once the curvatures are new."""
+    add(t.means, z, t.mean_rates)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
     d = _directions(t.means, t.curvatures, t.sigma)  # d_{t+1} = m_{t+1} / max(|B_{t+1}|, sigma) (10)
     if t.directions:
         d = decayed(t.params, d, t.weight_decay)
         for stored, direction in zip(t.directions, d, strict=True):
             stored.copy_(direction)
-    add(t.params, d, scalars(rates), sign=-1)  # theta_{t+1} = theta_t - eta d_{t+1}
+    add(t.params, d, rates, sign=-1)  # theta_{t+1} = theta_t - eta d_{t+1}
 
 
 # ---- the same in two passes: for compiled code, and for shards, whose sums are joined between them -------------------
@@ -112,17 +119,17 @@ def _descend(t: _Tensors, y: list[Tensor], rates: Tensor) -> None:
 def _observe(**tensors: Any) -> Tensor:
     """Return the sums of (8)."""
     t = _Tensors(**tensors)
-    d, y = _secant(t)
-    return _sums(t.curvatures, d, y, list(torch._foreach_mul(d, d)))
+    d, z = _secant(t)
+    return _sums(t.curvatures, d, z, list(torch._foreach_mul(d, d)), t.mean_rates)
 
 
 @CompiledPass
 def _apply(*, factors: Tensor, rates: Tensor, **tensors: Any) -> None:
-    """B -= factor d^2 (8), and what follows. To compute d and y again costs less than to keep them."""
+    """B -= factor d^2 (8), and what follows. To compute d and z again costs less than to keep them."""
     t = _Tensors(**tensors)
-    d, y = _secant(t)
-    add(t.curvatures, torch._foreach_mul(d, d), scalars(factors), sign=-1)
-    _descend(t, y, rates)
+    d, z = _secant(t)
+    add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1)
+    _descend(t, z, rates)
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
@@ -233,11 +240,11 @@ class Apollo(CheckedOptimizer):
         for bucket in weights.buckets:
             t, eps, rates = self._tensors(bucket)
             if bucket.compiled:
-                _apply(**t._asdict(), factors=_factors(_observe(**t._asdict()), eps), rates=rates)
+                _apply(**t._asdict(), factors=_factor(*_observe(**t._asdict()), eps), rates=rates)
             else:
-                d, y = _secant(t)
-                weak_secant_update(t.curvatures, d, y, eps)
-                _descend(t, y, rates)
+                d, z = _secant(t)
+                _update_curvatures(t.curvatures, d, z, t.mean_rates, eps)
+                _descend(t, z, rates)
         return loss
 
     def _step_on_shards(self, weights: Passes) -> None:
@@ -248,7 +255,7 @@ class Apollo(CheckedOptimizer):
         whole = mean_over_ranks(here, weights.ranks)
         parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
         for (compiled, t, eps, rates), part in zip(buckets, parts, strict=True):
-            (_apply if compiled else _apply.plain)(**t._asdict(), factors=_factors(part, eps), rates=rates)
+            (_apply if compiled else _apply.plain)(**t._asdict(), factors=_factor(*part, eps), rates=rates)
 
     def _initialise(self) -> None:
         """Create the state that does not exist yet of tensors with a gradient."""
@@ -265,11 +272,17 @@ class Apollo(CheckedOptimizer):
                     (d,) = _directions([state["mean"]], [state["curvature"]], group["sigma"])
                     state["direction"] = d.to(p.dtype)
 
-    def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float, Tensor]:
+    def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float, Scalars]:
         """Return what a step needs, the epsilon of (8) and the learning rates, and count the step."""
         group, counts = bucket.group, bucket.kept["step"]
-        t = torch.stack(counts).to(scalar_dtype(counts[0].device))
+        t = torch.stack(counts)
         torch._foreach_add_(counts, counts[0].new_ones(()))
+        numbers = None if bucket.compiled else scalars(t)
+        if isinstance(numbers, list):
+            at = {n: self._rates(group, n) for n in set(numbers)}
+            mean_rates, rates = ([at[n][i] for n in numbers] for i in range(2))
+        else:
+            mean_rates, rates = self._rates(group, t.to(scalar_dtype(t.device)))
         tensors = _Tensors(
             params=bucket.shards,
             grads=bucket.grads,
@@ -278,26 +291,25 @@ class Apollo(CheckedOptimizer):
             directions=local(self.state[p]["direction"] for p in bucket.params)
             if group["decoupled_weight_decay"]
             else [],
-            mean_rates=(1 - group["beta"]) / (1 - group["beta"] ** (t + 1)),
+            mean_rates=mean_rates,
             sigma=group["sigma"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
         eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
-        return tensors, eps, self._rates(group, t)
+        return tensors, eps, rates
 
     @staticmethod
-    def _rates(group: dict[str, Any], t: Tensor) -> Tensor:
-        """Learning rates after t gradients: a line to the first one, then what a schedule says."""
-        lr, end, steps = group["lr"], group["base_lr"], group["warmup_steps"]
+    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any]:
+        """The weight a of (9) and the learning rate eta after t gradients, a number or a vector of them."""
+        beta, lr, end, steps = group["beta"], group["lr"], group["base_lr"], group["warmup_steps"]
         if isinstance(lr, Tensor):
-            lr = lr.reshape(())
+            lr = scalars(lr.reshape(()))
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         ramp = start + (end - start) * t / max(steps, 1)
-        after = torch.zeros_like(ramp) + lr  # where() would copy a learning rate that is a tensor on the host
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        rates: Tensor = torch.where(t < steps, ramp, after) * (lr != 0)
-        return rates
+        eta = (ramp * (t < steps) + lr * (t >= steps)) * (lr != 0)
+        return (1 - beta) / (1 - beta ** (t + 1)), eta
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

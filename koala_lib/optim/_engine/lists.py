@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,14 +37,21 @@ def flat(t: Tensor, order: torch.memory_format) -> Tensor | None:
     return t.as_strided((t.numel(),), (1,)).data
 
 
+@cache
+def row_length(size: int) -> int:
+    """Length of the rows into which a long tensor is cut: if possible, so that nothing is left over."""
+    return next((n for n in range(ROW, ROW // 2, -1) if size % n == 0), ROW)
+
+
 def row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A vector with the norm of a long tensor: norms of its rows of 1024 elements, and what is left of it.
+    """A vector with the norm of a long tensor: norms of rows of about 1024 elements, and what is left over.
 
     torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows, added
     in float64, cost the same and are good to 1e-6. A tensor that is no dense memory comes back as it is.
     """
     if not t.is_contiguous(memory_format=memory_format(t)):
         return t
-    rows, left = divmod(t.numel(), ROW)
-    norms: Tensor = torch.linalg.vector_norm(t.as_strided((rows, ROW), (ROW, 1)), dim=1, dtype=dtype)
-    return torch.cat([norms, t.as_strided((left,), (1,), t.storage_offset() + rows * ROW)]) if left else norms
+    n = row_length(t.numel())
+    rows, left = divmod(t.numel(), n)
+    norms: Tensor = torch.linalg.vector_norm(t.as_strided((rows, n), (n, 1)), dim=1, dtype=dtype)
+    return torch.cat([norms, t.as_strided((left,), (1,), t.storage_offset() + rows * n)]) if left else norms

@@ -59,14 +59,9 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)).to(scalar_dtype(device)).square()
 
 
-def is_tensor(number: float | Tensor) -> bool:
-    """Whether a number is a 0-dim tensor, as in a compiled pass, where another value must compile nothing."""
-    return isinstance(number, Tensor)
-
-
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
     """h = g + lambda x, leaving ``p.grad`` alone."""
-    if is_tensor(weight_decay):
+    if torch.is_tensor(weight_decay):  # in compiled code, where another value must compile nothing
         return [torch.addcmul(g, x, weight_decay) for g, x in zip(grads, params, strict=True)]
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
@@ -173,15 +168,17 @@ def _advance(
     velocities: list[Tensor],
     averages: list[Tensor],
     momentum: float,
-    average_rates: Scalars | None,
+    average_rate: float | None,
 ) -> Tensor | None:
     """x_avg += rate (x - x_avg), then x += p and p *= kappa; |x - x_avg|^2 of every tensor before anything moved."""
     squared = None
     if averages:
         differences = list(torch._foreach_sub(params, averages))
         squared = squared_norms(differences)
-        if average_rates is not None:
-            add(averages, differences, average_rates)
+        if torch.is_tensor(average_rate):  # compiled
+            add(averages, differences, average_rate.expand(len(averages)))
+        elif average_rate is not None:
+            torch._foreach_add_(averages, differences, alpha=average_rate)
     if velocities:
         torch._foreach_add_(params, velocities)
         torch._foreach_mul_(velocities, momentum)
@@ -246,15 +243,12 @@ class KoalaPasses(Passes):
         """
         drifts = []
         for bucket in self.buckets:
-            averages, rates = bucket.kept.get("average", []), None
-            if averages and average_rate:
-                rates = self.filter.new_full((len(averages),), average_rate, device=averages[0].device)
             squared = (_advance if bucket.compiled else _advance.plain)(
                 params=bucket.shards,
                 velocities=bucket.kept.get("velocity", []),
-                averages=averages,
+                averages=bucket.kept.get("average", []),
                 momentum=momentum,
-                average_rates=rates if bucket.compiled or rates is None else scalars(rates),
+                average_rate=average_rate or None,
             )
             if squared is not None:
                 squared = times_shards(squared, bucket.params) if self.sharded else squared

@@ -14,7 +14,7 @@ from koala_lab.config import RunConfig
 from koala_lab.runs.training import _Run
 from koala_lib import kalman
 from koala_lib.optim import KoalaM, KoalaV, Meka
-from koala_lib.optim._engine.lists import squared_norms
+from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim.filter import LossFilter
 
 

@@ -18,7 +18,7 @@ from koala_lib.optim._engine.checks import (
 )
 from koala_lib.optim._engine.compiled import CompiledPass
 from koala_lib.optim._engine.lists import scalar_dtype, wide
-from koala_lib.optim._engine.passes import Bucket, Passes, Scalars, add, decayed, scalars, squared_norms
+from koala_lib.optim._engine.passes import Bucket, Passes, Scalars, add, average, decayed, scalars, squared_norms, subtract_quotients
 from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
 
 __all__ = ["Apollo"]
@@ -36,53 +36,73 @@ class _Tensors(NamedTuple):
     curvatures: list[Tensor]  # B_t
     directions: list[Tensor]  # d_t, where decoupled weight decay keeps it
     mean_rates: Scalars  # a = (1 - beta) / (1 - beta^(t+1)), the weight of the new gradient in the average
+    rates: Scalars  # eta
+    decays: Scalars  # eta lambda
     sigma: float
     weight_decay: float
     maximize: bool
 
 
-def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
-    D = list(torch._foreach_abs(wide(curvatures)))
-    if torch.is_tensor(sigma):  # in compiled code, where another value must compile nothing
-        D = [t.clamp(min=sigma) for t in D]
-    else:
-        torch._foreach_clamp_min_(D, sigma)  # D = max(|B|, sigma) (10)
-    return list(torch._foreach_div(wide(means), D))  # d = m / D
-
-
-def _secant(t: _Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Return d_t, stored or computed anew, and z = g_{t+1} - m_t, in which m changes: y = m_{t+1} - m_t = a z (9)."""
+def _gradients(t: _Tensors) -> list[Tensor]:
+    """Return g_{t+1}; weight decay goes into it, or, where they are stored, into the directions."""
     g = wide(t.grads)
     if t.maximize:
         g = list(torch._foreach_neg(g))
-    if not t.directions:  # weight decay goes into the gradient; where directions are stored, into these
-        g = decayed(t.params, g, t.weight_decay)
-    return wide(t.directions) or _directions(t.means, t.curvatures, t.sigma), list(torch._foreach_sub(g, t.means))
+    return g if t.directions else decayed(t.params, g, t.weight_decay)
 
 
-def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], squares: list[Tensor], rates: Scalars) -> Tensor:
-    """d^T y + d^T B d with y = a z, and |d|_4^4, of every tensor, (2, n); ``squares`` are those of d's elements."""
-    products = list(torch._foreach_mul(wide(curvatures), d))
-    add(products, z, rates)  # B d + y
-    torch._foreach_mul_(products, d)
+def _rectified(curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
+    """Return D = max(|B|, sigma) (10)."""
+    D = list(torch._foreach_abs(wide(curvatures)))
+    if torch.is_tensor(sigma):  # in compiled code, where another value must compile nothing
+        return [t.clamp(min=sigma) for t in D]
+    torch._foreach_clamp_min_(D, sigma)
+    return D
+
+
+def _directions(t: _Tensors) -> list[Tensor]:
+    """Return d_t, stored or computed anew from m_t and B_t."""
+    return wide(t.directions) or list(torch._foreach_div(wide(t.means), _rectified(t.curvatures, t.sigma)))
+
+
+def _sums(
+    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, squares: list[Tensor]
+) -> Tensor:
+    """Return (d^T y + d^T B d) / a and |d|_4^4 of every tensor, (2, n), of y = a z.
+
+    Args:
+        curvatures: B.
+        d: direction.
+        z: are overwritten.
+        rates: a.
+        squares: of the elements of d.
+    """
+    inverse = [1 / a for a in rates] if isinstance(rates, list) else 1 / rates
+    add(z, wide(curvatures), inverse, times=d)  # z + B d / a = (y + B d) / a
+    torch._foreach_mul_(z, d)
     fourth_powers = squared_norms(squares)
-    return torch.stack([torch.stack([t.sum() for t in products]).to(fourth_powers.dtype), fourth_powers])
+    return torch.stack([torch.stack([product.sum() for product in z]).to(fourth_powers.dtype), fourth_powers])
 
 
-def _factor(excess: Any, fourth_power: Any, eps: float) -> Any:
-    """The factor of d^2 in (8), a number or a vector: (d^T y + d^T B d) / (|d|_4 + eps)^4, 0 without a direction."""
+def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
+    """Return the factor of d^2 in (8), (d^T y + d^T B d) / (|d|_4 + eps)^4, from the sums; 0 without a direction."""
     root = (fourth_power**0.5) ** 0.5 + eps
     scale = (root * root) * (root * root)
-    return excess / (scale + (scale == 0))
+    return rate * excess / (scale + (scale == 0))
+
+
+def _factors(sums: Tensor, rates: Scalars, eps: float) -> Scalars:
+    if isinstance(rates, list):
+        return [_factor(*numbers, eps) for numbers in zip(*scalars(sums), rates, strict=True)]
+    return _factor(*sums, rates, eps)
 
 
 def _update_curvatures(
-    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], mean_rates: Scalars, eps: float
+    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float
 ) -> None:
+    """Change B in place, with y = a z, which are overwritten."""
     squares = list(torch._foreach_mul(d, d))
-    sums = scalars(_sums(curvatures, d, z, squares, mean_rates))
-    numbers = isinstance(sums, list)
-    factors = [_factor(*pair, eps) for pair in zip(*sums, strict=True)] if numbers else _factor(*sums, eps)
+    factors = _factors(_sums(curvatures, d, z, rates, squares), rates, eps)
     add(curvatures, squares, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
 
 
@@ -98,18 +118,20 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    _update_curvatures(curvatures, directions, changes, [1.0] * len(changes), eps)
+    ones = torch.ones(len(changes), dtype=scalar_dtype(changes[0].device), device=changes[0].device)
+    _update_curvatures(curvatures, directions, [y.clone() for y in changes], scalars(ones), eps)
 
 
-def _descend(t: _Tensors, z: list[Tensor], rates: Scalars) -> None:
-    """Move averages and weights, once the curvatures are new."""
-    add(t.means, z, t.mean_rates)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
-    d = _directions(t.means, t.curvatures, t.sigma)  # d_{t+1} = m_{t+1} / max(|B_{t+1}|, sigma) (10)
+def _descend(t: _Tensors, g: list[Tensor]) -> None:
+    """Move averages, stored directions and weights, once the curvatures are new."""
+    average(t.means, g, t.mean_rates)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
+    D = _rectified(t.curvatures, t.sigma)
     if t.directions:
-        d = decayed(t.params, d, t.weight_decay)
+        d = decayed(t.params, list(torch._foreach_div(wide(t.means), D)), t.weight_decay)
         for stored, direction in zip(t.directions, d, strict=True):
             stored.copy_(direction)
-    add(t.params, d, rates, sign=-1)  # theta_{t+1} = theta_t - eta d_{t+1}
+        add(t.params, wide(t.params), t.decays, sign=-1)  # theta -= eta lambda theta
+    subtract_quotients(t.params, t.means, D, t.rates)  # theta_{t+1} = theta_t - eta m_{t+1} / D (10)
 
 
 # ---- the same in two passes: for compiled code, and for shards, whose sums are joined between them -------------------
@@ -119,17 +141,17 @@ def _descend(t: _Tensors, z: list[Tensor], rates: Scalars) -> None:
 def _observe(**tensors: Any) -> Tensor:
     """Return the sums of (8)."""
     t = _Tensors(**tensors)
-    d, z = _secant(t)
-    return _sums(t.curvatures, d, z, list(torch._foreach_mul(d, d)), t.mean_rates)
+    d, z = _directions(t), list(torch._foreach_sub(_gradients(t), t.means))
+    return _sums(t.curvatures, d, z, t.mean_rates, list(torch._foreach_mul(d, d)))
 
 
 @CompiledPass
-def _apply(*, factors: Tensor, rates: Tensor, **tensors: Any) -> None:
-    """B -= factor d^2 (8), and what follows. To compute d and z again costs less than to keep them."""
+def _apply(*, factors: Tensor, **tensors: Any) -> None:
+    """B -= factor d^2 (8), and what follows."""
     t = _Tensors(**tensors)
-    d, z = _secant(t)
+    g, d = _gradients(t), _directions(t)
     add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1)
-    _descend(t, z, rates)
+    _descend(t, g)
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
@@ -238,24 +260,26 @@ class Apollo(CheckedOptimizer):
             self._step_on_shards(weights)
             return loss
         for bucket in weights.buckets:
-            t, eps, rates = self._tensors(bucket)
+            t, eps = self._tensors(bucket)
             if bucket.compiled:
-                _apply(**t._asdict(), factors=_factor(*_observe(**t._asdict()), eps), rates=rates)
+                _apply(**t._asdict(), factors=_factors(_observe(**t._asdict()), t.mean_rates, eps))
             else:
-                d, z = _secant(t)
+                g, d = _gradients(t), _directions(t)
+                z = list(torch._foreach_sub(g, t.means))  # y = m_{t+1} - m_t = a z
                 _update_curvatures(t.curvatures, d, z, t.mean_rates, eps)
-                _descend(t, z, rates)
+                _descend(t, g)
         return loss
 
     def _step_on_shards(self, weights: Passes) -> None:
         """Join all sums in one collective before anything moves."""
         buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in weights.buckets]
-        sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _, _ in buckets]
+        sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _ in buckets]
         here = times_shards(torch.cat(sums, 1), (p for bucket in weights.buckets for p in bucket.params))
         whole = mean_over_ranks(here, weights.ranks)
         parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
-        for (compiled, t, eps, rates), part in zip(buckets, parts, strict=True):
-            (_apply if compiled else _apply.plain)(**t._asdict(), factors=_factor(*part, eps), rates=rates)
+        for (compiled, t, eps), part in zip(buckets, parts, strict=True):
+            factors = _factors(part, t.mean_rates, eps)
+            (_apply if compiled else _apply.plain)(**t._asdict(), factors=factors)
 
     def _initialise(self) -> None:
         """Create the state that does not exist yet of tensors with a gradient."""
@@ -269,39 +293,39 @@ class Apollo(CheckedOptimizer):
                     for name in ("mean", "curvature"):
                         state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 if group["decoupled_weight_decay"] and "direction" not in state:
-                    (d,) = _directions([state["mean"]], [state["curvature"]], group["sigma"])
-                    state["direction"] = d.to(p.dtype)
+                    (D,) = _rectified([state["curvature"]], group["sigma"])
+                    state["direction"] = (state["mean"] / D).to(p.dtype)
 
-    def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float, Scalars]:
-        """Return what a step needs, the epsilon of (8) and the learning rates, and count the step."""
+    def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float]:
+        """Return what a step needs and the epsilon of (8), and count the step."""
         group, counts = bucket.group, bucket.kept["step"]
         t = torch.stack(counts)
         torch._foreach_add_(counts, counts[0].new_ones(()))
         numbers = None if bucket.compiled else scalars(t)
         if isinstance(numbers, list):
             at = {n: self._rates(group, n) for n in set(numbers)}
-            mean_rates, rates = ([at[n][i] for n in numbers] for i in range(2))
+            mean_rates, rates, decays = (list(column) for column in zip(*(at[n] for n in numbers), strict=True))
         else:
-            mean_rates, rates = self._rates(group, t.to(scalar_dtype(t.device)))
+            mean_rates, rates, decays = self._rates(group, t.to(scalar_dtype(t.device)))
+        stored = group["decoupled_weight_decay"]
         tensors = _Tensors(
             params=bucket.shards,
             grads=bucket.grads,
             means=bucket.kept["mean"],
             curvatures=bucket.kept["curvature"],
-            directions=local(self.state[p]["direction"] for p in bucket.params)
-            if group["decoupled_weight_decay"]
-            else [],
+            directions=local(self.state[p]["direction"] for p in bucket.params) if stored else [],
             mean_rates=mean_rates,
+            rates=rates,
+            decays=decays,
             sigma=group["sigma"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
         )
-        eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
-        return tensors, eps, rates
+        return tensors, group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
 
     @staticmethod
-    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any]:
-        """The weight a of (9) and the learning rate eta after t gradients, a number or a vector of them."""
+    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any, Any]:
+        """Return a of (9), eta and eta lambda after t gradients; t is a number, or a vector of them."""
         beta, lr, end, steps = group["beta"], group["lr"], group["base_lr"], group["warmup_steps"]
         if isinstance(lr, Tensor):
             lr = scalars(lr.reshape(()))
@@ -309,7 +333,7 @@ class Apollo(CheckedOptimizer):
         ramp = start + (end - start) * t / max(steps, 1)
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
         eta = (ramp * (t < steps) + lr * (t >= steps)) * (lr != 0)
-        return (1 - beta) / (1 - beta ** (t + 1)), eta
+        return (1 - beta) / (1 - beta ** (t + 1)), eta, eta * group["weight_decay"]
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

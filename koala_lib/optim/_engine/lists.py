@@ -10,7 +10,7 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 ROW = 1024  # elements of the rows that a long tensor's norm is made of
-MIN_ROWS = 2**15  # elements from which that is faster than a norm in float64
+MIN_ROWS = 2**13  # elements from which that is faster than a norm in float64
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:

@@ -66,16 +66,28 @@ def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> lis
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
 
-def add(tensors: Sequence[Tensor], directions: Sequence[Tensor], factors: Scalars, sign: int = 1) -> None:
-    """x += sign factor h, with a factor for each tensor; half precision is computed in float32 and rounded once."""
-    if tensors[0].dtype in HALF:
-        for x, h, factor in zip(tensors, directions, factors, strict=True):
-            x.add_(h.float() * factor, alpha=sign)
-    elif isinstance(factors, list):
+def add(
+    tensors: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    factors: Scalars,
+    *,
+    sign: int = 1,
+    times: Sequence[Tensor] | None = None,
+) -> None:
+    """x += sign factor h, or sign factor h t, with a factor for each tensor.
+
+    Half precision is computed in float32 and rounded once.
+    """
+    if isinstance(factors, list) and tensors[0].dtype not in HALF:
         one = ONE if tensors[0].is_cpu else tensors[0].new_ones(())
-        torch._foreach_addcmul_(tensors, directions, [one] * len(factors), [sign * factor for factor in factors])
-    else:
-        for x, h, factor in zip(tensors, directions, factors.unbind(), strict=True):
+        others = [one] * len(factors) if times is None else times
+        torch._foreach_addcmul_(tensors, directions, others, [sign * factor for factor in factors])
+        return
+    products = directions if times is None else torch._foreach_mul(directions, times)
+    for x, h, factor in zip(tensors, products, factors, strict=True):
+        if x.dtype in HALF:
+            x.add_(h.float() * factor, alpha=sign)
+        else:
             x.addcmul_(h, factor, value=sign)
 
 
@@ -89,6 +101,16 @@ def average(averages: Sequence[Tensor], tensors: Sequence[Tensor], rates: Scalar
     else:
         for a, x, rate in zip(averages, tensors, rates.to(averages[0].dtype).unbind(), strict=True):
             a.lerp_(x, rate)
+
+
+def subtract_quotients(
+    tensors: Sequence[Tensor], numerators: Sequence[Tensor], denominators: Sequence[Tensor], rates: Scalars
+) -> None:
+    """x -= rate m / D, with a rate for each tensor; half precision is computed in float32 and rounded once."""
+    if isinstance(rates, list) and tensors[0].dtype not in HALF:
+        torch._foreach_addcdiv_(tensors, numerators, denominators, [-rate for rate in rates])
+    else:
+        add(tensors, torch._foreach_div(wide(numerators), denominators), rates, sign=-1)
 
 
 # ---- buckets --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from koala_lib.optim._engine.checks import (
     options_among,
 )
 from koala_lib.optim._engine.compiled import CompiledPass
-from koala_lib.optim._engine.lists import scalar_dtype, wide
+from koala_lib.optim._engine.lists import HALF, scalar_dtype, wide
 from koala_lib.optim._engine.passes import Bucket, Passes, Scalars, add, average, decayed, scalars, squared_norms, subtract_quotients
 from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
 
@@ -61,49 +62,49 @@ def _rectified(curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
 
 
 def _directions(t: _Tensors) -> list[Tensor]:
-    """Return d_t, stored or computed anew from m_t and B_t."""
-    return wide(t.directions) or list(torch._foreach_div(wide(t.means), _rectified(t.curvatures, t.sigma)))
+    """Return a copy of d_t, stored or computed anew from m_t and B_t."""
+    if t.directions:
+        return [d.float() if d.dtype in HALF else d.clone() for d in t.directions]
+    return list(torch._foreach_div(wide(t.means), _rectified(t.curvatures, t.sigma)))
 
 
-def _sums(
-    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, squares: list[Tensor]
-) -> Tensor:
-    """Return (d^T y + d^T B d) / a and |d|_4^4 of every tensor, (2, n), of y = a z.
+def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars) -> tuple[Tensor, Tensor]:
+    """Return (d^T y + d^T B d) / a, where y = a z, and |d|_4^4 of every tensor, (n,) each.
 
     Args:
         curvatures: B.
-        d: direction.
-        z: are overwritten.
+        d: directions, which become the squares of their elements.
+        z: overwritten.
         rates: a.
-        squares: of the elements of d.
     """
     inverse = [1 / a for a in rates] if isinstance(rates, list) else 1 / rates
     add(z, wide(curvatures), inverse, times=d)  # z + B d / a = (y + B d) / a
     torch._foreach_mul_(z, d)
-    fourth_powers = squared_norms(squares)
-    return torch.stack([torch.stack([product.sum() for product in z]).to(fourth_powers.dtype), fourth_powers])
+    torch._foreach_mul_(d, d)
+    return torch.stack([product.sum() for product in z]), squared_norms(d)
 
 
 def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
     """Return the factor of d^2 in (8), (d^T y + d^T B d) / (|d|_4 + eps)^4, from the sums; 0 without a direction."""
-    root = (fourth_power**0.5) ** 0.5 + eps
+    sqrt = math.sqrt if isinstance(fourth_power, float) else torch.sqrt
+    root = sqrt(sqrt(fourth_power)) + eps
     scale = (root * root) * (root * root)
     return rate * excess / (scale + (scale == 0))
 
 
-def _factors(sums: Tensor, rates: Scalars, eps: float) -> Scalars:
+def _factors(excess: Tensor, fourth_powers: Tensor, rates: Scalars, eps: float) -> Scalars:
     if isinstance(rates, list):
-        return [_factor(*numbers, eps) for numbers in zip(*scalars(sums), rates, strict=True)]
-    return _factor(*sums, rates, eps)
+        columns = zip(scalars(excess), scalars(fourth_powers), rates, strict=True)
+        return [_factor(*numbers, eps) for numbers in columns]
+    return _factor(excess.to(fourth_powers.dtype), fourth_powers, rates, eps)
 
 
 def _update_curvatures(
     curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float
 ) -> None:
-    """Change B in place, with y = a z, which are overwritten."""
-    squares = list(torch._foreach_mul(d, d))
-    factors = _factors(_sums(curvatures, d, z, rates, squares), rates, eps)
-    add(curvatures, squares, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
+    """Change B in place, with y = a z; d and z are overwritten."""
+    factors = _factors(*_sums(curvatures, d, z, rates), rates, eps)
+    add(curvatures, d, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -119,7 +120,8 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
     ones = torch.ones(len(changes), dtype=scalar_dtype(changes[0].device), device=changes[0].device)
-    _update_curvatures(curvatures, directions, [y.clone() for y in changes], scalars(ones), eps)
+    d, y = ([t.clone() for t in tensors] for tensors in (directions, changes))
+    _update_curvatures(curvatures, d, y, scalars(ones), eps)
 
 
 def _descend(t: _Tensors, g: list[Tensor]) -> None:
@@ -138,11 +140,11 @@ def _descend(t: _Tensors, g: list[Tensor]) -> None:
 
 
 @CompiledPass
-def _observe(**tensors: Any) -> Tensor:
+def _observe(**tensors: Any) -> tuple[Tensor, Tensor]:
     """Return the sums of (8)."""
     t = _Tensors(**tensors)
-    d, z = _directions(t), list(torch._foreach_sub(_gradients(t), t.means))
-    return _sums(t.curvatures, d, z, t.mean_rates, list(torch._foreach_mul(d, d)))
+    z = list(torch._foreach_sub(_gradients(t), t.means))
+    return _sums(t.curvatures, _directions(t), z, t.mean_rates)
 
 
 @CompiledPass
@@ -254,7 +256,8 @@ class Apollo(CheckedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._initialise()
+        if any(group["decoupled_weight_decay"] for group in self.param_groups):  # which may begin later
+            self._initialise()
         weights = Passes(self, ("step", "mean", "curvature"), observed=True)
         if weights.ranks:
             self._step_on_shards(weights)
@@ -262,7 +265,7 @@ class Apollo(CheckedOptimizer):
         for bucket in weights.buckets:
             t, eps = self._tensors(bucket)
             if bucket.compiled:
-                _apply(**t._asdict(), factors=_factors(_observe(**t._asdict()), t.mean_rates, eps))
+                _apply(**t._asdict(), factors=_factors(*_observe(**t._asdict()), t.mean_rates, eps))
             else:
                 g, d = _gradients(t), _directions(t)
                 z = list(torch._foreach_sub(g, t.means))  # y = m_{t+1} - m_t = a z
@@ -274,11 +277,12 @@ class Apollo(CheckedOptimizer):
         """Join all sums in one collective before anything moves."""
         buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in weights.buckets]
         sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _ in buckets]
-        here = times_shards(torch.cat(sums, 1), (p for bucket in weights.buckets for p in bucket.params))
+        joined = torch.cat([torch.stack([excess.to(powers.dtype), powers]) for excess, powers in sums], 1)
+        here = times_shards(joined, (p for bucket in weights.buckets for p in bucket.params))
         whole = mean_over_ranks(here, weights.ranks)
         parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
         for (compiled, t, eps), part in zip(buckets, parts, strict=True):
-            factors = _factors(part, t.mean_rates, eps)
+            factors = _factors(*part, t.mean_rates, eps)
             (_apply if compiled else _apply.plain)(**t._asdict(), factors=factors)
 
     def _initialise(self) -> None:

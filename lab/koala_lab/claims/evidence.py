@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -78,7 +78,7 @@ def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset:
     used = {row: case[(case["row"] == row) & (case["candidate"] == choices[row].candidate)] for row in rows}
     doubt = next(filter(None, (choices[row].doubt for row in rows)), "") or unlearned(case, preset)
     shown = case[case["row"].isin(rows)]
-    told = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, claim)}
+    told: dict[str, Any] = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, claim)}
     samples = {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
     if claim.kind == "value":
         return judge(claim, preset=preset, values=samples[claim.row], **told)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-PRESETS = ("quick", "desktop", "paper")
+from koala_lab.parameters import PRESETS
+
 ANY = "any"  # in the place of presets: what has no scale and is settled once
 SOURCES = ("paper", "released code", "ours")
 RATES = ("printed", "own")  # or the name of the row whose rate is taken

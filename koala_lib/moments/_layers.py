@@ -39,7 +39,7 @@ class Layer:
         return function(*args, **kwargs)
 
     def fits(self, samples: int) -> bool:
-        """Whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
+        """Say whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
         shape = self.input.shape
         return shape[:1] == (samples,) and (len(shape) < 3 or shape[1] != samples)
 
@@ -117,11 +117,11 @@ class Convolution(Layer):
         return Moments(both(shaped, sums), squares)
 
     def _positions(self, g: Tensor) -> Tensor:
-        """(B, O, *places) to (B, groups, T, O / groups)."""
+        """Lay out (B, O, *places) as (B, groups, T, O / groups)."""
         return g.reshape(len(g), self.groups, g.shape[1] // self.groups, -1).mT
 
     def _windows(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """(B, C, *size) to (B, groups, T, K) with K = kernel size times C / groups, channels last."""
+        """Lay out (B, C, *size) as (B, groups, T, K) with K = kernel size times C / groups, channels last."""
         x = (functional.pad(x, self.padding) if any(self.padding) else x).movedim(1, -1).contiguous()
         samples, channels = len(x), x.shape[-1] // self.groups
         steps = x.stride()[1:-1]

@@ -42,7 +42,7 @@ class Spread(NamedTuple):
 
 
 def check_losses(losses: Tensor, samples: int) -> Tensor:
-    """The losses, if there is one for each sample."""
+    """Return the losses if there is one per sample; raise a ``ValueError`` otherwise."""
     if losses.shape != (samples,):
         raise ValueError(
             f"loss_fn must return one loss per sample, shape ({samples},), got {tuple(losses.shape)}; "
@@ -52,7 +52,7 @@ def check_losses(losses: Tensor, samples: int) -> Tensor:
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """|x|^2 as a float64 scalar.
+    """Return |x|^2 as a float64 scalar.
 
     Norms of the rows, added in float64: as quick as one float32 norm of everything, which is off by 1e-4 and more
     from 1e7 elements on, and several times quicker than a norm that is taken in float64.
@@ -62,7 +62,7 @@ def square_sum(x: Tensor) -> Tensor:
 
 
 def pair(x: Tensor) -> Pair:
-    """The two halves of a dual tensor."""
+    """Return the two halves of a dual tensor."""
     dual = unpack_dual(x)  # type: ignore[no-untyped-call]
     return dual.primal, dual.tangent
 
@@ -72,41 +72,35 @@ def dual(value: Tensor, tangent: Tensor | None) -> Tensor:
 
 
 def both(function: Callable[[Tensor], Tensor], x: Pair) -> Pair:
-    """A linear function of value and tangent."""
+    """Apply a linear function to value and tangent."""
     return function(x[0]), None if x[1] is None else function(x[1])
 
 
 def vector_moments(per_sample: Pair) -> Moments:
-    """Moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
+    """Return the moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
     return Moments(both(lambda x: x.sum(0), per_sample), both(square_sum, per_sample))
 
 
 def product_moments(a: Pair, g: Pair) -> Moments:
-    """Moments of a matrix with per-sample gradient G_i = sum_t g_it a_it^T, so H_i = sum_t g'_it a_it^T + g_it a'_it^T.
+    """Return moments of a matrix with G_i = sum_t g_it a_it^T, so H_i = sum_t g'_it a_it^T + g_it a'_it^T.
 
-    Parameters
-    ----------
-    a
-        Inputs of the layer, (B, groups, T positions, K), and their tangents.
-    g
-        Gradients of the loss with respect to its outputs, (B, groups, T, O), and their tangents.
+    Args:
+        a: Inputs of the layer, (B, groups, T positions, K), and their tangents.
+        g: Gradients of the loss with respect to its outputs, (B, groups, T, O), and their tangents.
 
-    Returns
-    -------
-    Moments
+    Returns:
         Sums of shape (groups, O, K).
 
-    Notes
-    -----
-    |G_i|^2 = sum_ts (a_t . a_s)(g_t . g_s) needs T^2 (K + O) multiplications against T K O for G_i itself, and no
-    room for it. With one position, as in a linear layer on vectors, it is a product of two norms.
+    Notes:
+        |G_i|^2 = sum_ts (a_t . a_s)(g_t . g_s) needs T^2 (K + O) multiplications against T K O for G_i itself, and no
+        room for it. With one position, as in a linear layer on vectors, it is a product of two norms.
     """
     sizes = (*a[0].shape[1:], g[0].shape[3])
     return _by_gram(a, g) if _gram_is_cheaper(*sizes) else _explicit(a, g)
 
 
 def in_chunks(function: Callable[[Pair, Pair], Moments], a: Pair, g: Pair, sizes: tuple[int, int, int, int]) -> Moments:
-    """``function`` of a few samples at a time, added up; ``sizes`` are (groups, T, K, O) of its matrix product."""
+    """Add up ``function`` of a few samples at a time; ``sizes`` are (groups, T, K, O) of its matrix product."""
     groups, positions, width, height = sizes
     held = positions * (positions + width) if _gram_is_cheaper(*sizes) else width * max(positions, height)
     count = max(1, CHUNK // (groups * held))
@@ -140,7 +134,7 @@ def _explicit(a: Pair, g: Pair) -> Moments:
 
 
 def _merged(x: Tensor, tangent: Tensor | None) -> Pair:
-    """(B, G, T, N) as (B G, T, N)."""
+    """View (B, G, T, N) as (B G, T, N)."""
     return x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
 
 
@@ -159,7 +153,7 @@ def _by_gram(a: Pair, g: Pair) -> Moments:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x_t . y_s for all positions t, s: (B, G, T, N) twice to (B, G, T, T)."""
+    """Return x_t . y_s for all positions t, s: (B, G, T, N) twice to (B, G, T, T)."""
     return (x * y).sum(-1, keepdim=True) if x.shape[2] == 1 else x @ y.mT
 
 
@@ -168,6 +162,6 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _sum_of_products(a: Tensor, g: Tensor) -> Tensor:
-    """Sum over samples and positions of g a^T, (G, O, K)."""
+    """Sum g a^T over samples and positions, (G, O, K)."""
     a, g = (x.transpose(0, 1).flatten(1, 2) for x in (a, g))
     return torch.bmm(g.mT, a)

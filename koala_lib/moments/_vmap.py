@@ -23,7 +23,7 @@ def run(
     direction: Mapping[str, Tensor] | None,
     names: Iterable[str],
 ) -> Spread:
-    """Mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
+    """Return mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     wanted = {name: trainable.pop(name) for name in names}
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from koala_lab.claims.statistics import mean_and_half_width as interval
+from koala_lab.files import write_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -109,7 +110,7 @@ def log_y(ax: Axes) -> None:
 
 
 def label(method: str) -> str:
-    """Name of a method as the papers print it."""
+    """Return the name of a method as the papers print it."""
     return LABELS.get(method, method)
 
 
@@ -127,7 +128,7 @@ def seeds(
     """Every seed as a point, beside it the mean and its 95 % t-interval.
 
     Args:
-        data: Tidy results, one row a run.
+        data: Tidy results, one row per run.
         x: Column of the categories.
         y: Column of the metric.
         hue: Column of the methods; without it the categories are the methods.
@@ -197,7 +198,7 @@ def curves(
 
 
 def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
+    """Draw a table, two panels per data set in its order: test error of every seed, training loss by epoch.
 
     Args:
         table: What `koala_lab.runs.table` returns.
@@ -238,6 +239,8 @@ def table(
     labels: Mapping[str, str] | None = None,
     unit: str = "test error (%)",
     curve_unit: str = "training loss (nats)",
+    limit: float | None = None,
+    curve_limit: float | None = None,
 ) -> Figure:
     """A table as a picture: its rows from top to bottom, and a line of panels per data set and network.
 
@@ -253,6 +256,8 @@ def table(
         labels: Names of rows for people.
         unit: What the horizontal axes say.
         curve_unit: What the vertical axis of the curves says.
+        limit: Where the horizontal axes end; what lies beyond is a triangle there, and has no interval.
+        curve_limit: Losses above it are drawn at it.
 
     Returns:
         The figure.
@@ -267,12 +272,13 @@ def table(
         panels = list(axes)
         if printed:
             _printed(panels.pop(0), printed, rows)
-        _dots(panels[0], case, metric, rows, shades)
+        _dots(panels[0], case, metric, rows, shades, limit)
         panels[0].set(xlabel=unit, title=f"{dataset}, {model}, n = {case['seed'].nunique()}")
         axes[0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows])
         if curves is not None:
             one = curves[(curves["dataset"] == dataset) & (curves["model"] == model)]
-            _mean_curves(panels[1], one[one["metric"] == curve_metric], shades)
+            drawn = one[one["metric"] == curve_metric]
+            _mean_curves(panels[1], drawn.assign(value=drawn["value"].clip(upper=curve_limit)), shades)
             panels[1].set(xlabel="epoch", ylabel=curve_unit)
     return fig
 
@@ -290,13 +296,21 @@ def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> Non
     _row_axis(ax, rows)
 
 
-def _dots(ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str]) -> None:
+def _dots(
+    ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str], limit: float | None
+) -> None:
     """Every seed, and the mean of each row with its interval."""
+    end = math.inf if limit is None else limit
     for place, row in enumerate(rows):
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
-        mean, half = interval(values)
-        ax.plot(values, np.full(len(values), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
-        ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
+        inside, beyond = values[values <= end], values[values > end]
+        ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
+        ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
+        if not len(beyond):
+            mean, half = interval(values)
+            ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
+    if limit is not None:
+        ax.set_xlim(right=limit)
     _row_axis(ax, rows)
 
 
@@ -316,10 +330,10 @@ def steps(
     columns: int = 3,
     window: int = 15,
 ) -> Figure:
-    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+    """Runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw and pale.
 
     Args:
-        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
+        records: One row per step by method, with a column ``step``; other columns that are missing are not drawn.
         panels: Title -> column drawn solid, column drawn dashed, unit.
         columns: Panels side by side.
         window: Steps of the running median.
@@ -397,5 +411,5 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
-    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    write_bytes(stem.parent / f"{stem.name}.json", f"{sidecar}\n".encode())
     return png

@@ -276,7 +276,11 @@ def test_minimal_file(tmp_path: Path) -> None:
         ("tolerance: 1.0", "tolerance: -1.0", r"judge.paper: field 'tolerance': .*0 or more"),
         ("tolerance: 1.0", "tolerance: 1.0, beyond: 2.0", r"field 'beyond': only for measured numbers"),
         ("test: value", "test: t_test", r"judge.paper: field 'test': unknown test 't_test'"),
-        ("{paper: {test: value, tolerance: 1.0}}", "{big: {test: value}}", r"unknown field 'big'; known are any, quick"),
+        (
+            "{paper: {test: value, tolerance: 1.0}}",
+            "{big: {test: value}}",
+            r"unknown field 'big'; known are any, quick",
+        ),
         ("{paper: {test: value, tolerance: 1.0}}", "{paper: {test: holds}}", r"field 'test': holds cannot judge a val"),
         ("judge: better", "judge: beter", r"koala.table1.a_beats_b: field 'judge': no criteria named 'beter'"),
         ("kind: ordering", "kind: order", r"a_beats_b: field 'kind': unknown kind 'order'"),
@@ -407,6 +411,9 @@ def test_several_comparisons_need_all_and_are_decided_by_the_worst() -> None:
     assert judge(three, preset="quick", arms=arms | {"c": better}).status == "reproduced"
     frame = pd.DataFrame({"a": a, "b": better, "c": tie})
     assert judge(three, preset="quick", arms=frame) == verdict
+    for first, second in ((0, 1e-12), (1e-12, 0)):  # a tie but for rounding errors is named by the alphabet
+        equal = {"b": seeds(*(v + first for v in tie.values())), "c": seeds(*(v + second for v in tie.values()))}
+        assert judge(three, preset="quick", arms={"a": a} | equal).measured.endswith("over b")
 
 
 def test_one_comparison_among_many_contradicts_only_at_the_corrected_level() -> None:
@@ -520,6 +527,8 @@ def test_a_preset_without_a_test_is_not_run(claim_id: str, preset: str, evidence
     [
         ("at_most", 10.5, "reproduced", "10.500"),
         ("at_most", {"x": 11.0, "y": 10.7}, "contradicted", "11.000 (x)"),
+        ("at_most", {"x": 3.0, "y": 3.0 + 1e-12}, "reproduced", "3.000 (x)"),  # equal but for rounding: the first
+        ("near", {"x": 9.0 + 1e-12, "y": 11.0}, "contradicted", "9.000 (x)"),
         ("at_most", math.inf, "contradicted", "inf"),
         ("at_least", 9.5, "reproduced", "9.500"),
         ("at_least", {"x": 9.2, "y": 9.0}, "contradicted", "9.000 (y)"),
@@ -558,7 +567,7 @@ def test_conditions() -> None:
     assert judge(c, preset="quick", holds=True).status == "reproduced"
     verdict = judge(c, preset="quick", holds={"x": np.bool_(True), "y": False, "z": True})
     assert (verdict.status, verdict.measured, verdict.detail) == ("mixed", "2 of 3 hold", "fails: y")
-    assert verdict.outcome == "mixed (2 of 3)"
+    assert verdict.outcome == "mixed (2 of 3 reproduced)"
     assert judge(c, preset="quick", holds={"y": False}).status == "contradicted"
     exact = claim("holds", expected=None, kind="exact", judge={"any": Criterion("holds")})
     verdict = judge(exact, preset="desktop", holds={"x": True, "y": False})  # one counter-example is enough
@@ -754,8 +763,8 @@ def test_data_sets_are_not_pooled() -> None:
     assert agree.n == 5
     assert agree.measured == f"one {verdict(worse).measured}; two {verdict(worse).measured}"
     one, other = claims.combine({"one": verdict(worse), "two": verdict(same)}), {"one": verdict(same)}
-    assert (one.outcome, one.status) == ("mixed (1 of 2)", "mixed")
+    assert (one.outcome, one.status) == ("mixed (1 of 2 reproduced)", "mixed")
     assert one.measured.startswith("one reproduced +1.020")
     assert "; two inconclusive " in one.measured
-    assert claims.combine({"one": verdict(same), "two": verdict(worse)}).outcome == "mixed (1 of 2)"
+    assert claims.combine({"one": verdict(same), "two": verdict(worse)}).outcome == "mixed (1 of 2 reproduced)"
     assert claims.combine(other).status == "inconclusive"

@@ -64,6 +64,7 @@ def test_never_needs_a_contrast_in_which_it_happens(count: int, contrast: int | 
         ({100: 1.0, 10000: 0.01}, "inconclusive"),
         ({100: 1.0, 200: 0.4, 400: 0.1}, "inconclusive"),  # less than a factor of ten
         (1e-9, "inconclusive"),  # one finite run, however small
+        ({"x": 1e-9, "y": 1e-12}, "inconclusive"),
     ],
 )
 def test_a_limit_is_read_from_growing_horizons(horizons: Any, status: str) -> None:
@@ -74,7 +75,7 @@ def test_a_limit_is_read_from_growing_horizons(horizons: Any, status: str) -> No
 def test_cases_of_a_limit_are_combined() -> None:
     limit = claim("vanishes", 0.5, at="any", kind="limit")
     falls, stalls = {1: 1.0, 10: 0.1, 100: 0.01}, {1: 1.0, 10: 1.0, 100: 1.0}
-    assert judge(limit, preset="quick", measured={"x": falls, "y": stalls}).outcome == "mixed (1 of 2)"
+    assert judge(limit, preset="quick", measured={"x": falls, "y": stalls}).outcome == "mixed (1 of 2 reproduced)"
 
 
 @pytest.mark.parametrize(
@@ -104,17 +105,16 @@ def test_an_exact_statement_has_one_test_and_no_scale() -> None:
 # ---- tables of runs
 
 
-def runs(errors: dict[str, Any], *, dataset: str = "digits", metric: str = "test_error", **columns: Any) -> pd.DataFrame:
+def runs(errors: dict[str, Any], *, dataset: str = "digits") -> pd.DataFrame:
     """Lines of a table: per row the numbers of its seeds, or per rate these."""
+    about = {"dataset": dataset, "model": "resnet8", "epochs": 5, "train_size": None, "reference": dataset}
     lines = []
     for row, given in errors.items():
         for candidate, (lr, values) in enumerate(given.items() if isinstance(given, dict) else [(0.1, given)]):
             for seed, value in enumerate(values):
-                lines.append(
-                    {"row": row, "dataset": dataset, "model": "resnet8", "seed": seed, "candidate": candidate,
-                     "lr": lr, metric: value, "validation_error": value, "status": "failed" if value != value else "done",
-                     "key": f"{row}{lr}{seed}", "epochs": 5, "train_size": None, "reference": dataset} | columns
-                )  # fmt: skip
+                numbers = {"candidate": candidate, "lr": lr, "test_error": value, "validation_error": value}
+                status = {"status": "failed" if math.isnan(value) else "done"}
+                lines.append({"row": row, "seed": seed, "key": f"{row}{lr}{seed}"} | about | numbers | status)
     return pd.DataFrame(lines)
 
 
@@ -141,7 +141,7 @@ def test_a_claim_finds_its_rows_and_its_metric(bar: Path) -> None:
     frame = runs({"a": around(2), "b": around(3), "other": around(50)})
     verdict = verdict_of(frame, ordering())
     assert (verdict.status, verdict.n) == ("reproduced", 5)
-    assert verdict.setting == "digits, resnet8, 5 epochs; printed rates"
+    assert (verdict.setting, verdict.rates) == ("digits, resnet8, 5 epochs", "as printed")
     low = ordering(subject="b", against=("a", "other"))
     assert verdict_of(frame, low).status == "contradicted"
     for other in (ordering(against=("c",)), ordering(metric="train_loss"), claim("holds")):
@@ -150,16 +150,20 @@ def test_a_claim_finds_its_rows_and_its_metric(bar: Path) -> None:
 
 
 def test_data_sets_are_judged_apart_and_combined(bar: Path) -> None:
-    frame = pd.concat([runs({"a": around(2), "b": around(3)}), runs({"a": around(9), "b": around(8)}, dataset="fashion")])
+    frame = pd.concat(
+        [runs({"a": around(2), "b": around(3)}), runs({"a": around(9), "b": around(8)}, dataset="fashion")]
+    )
     verdict = verdict_of(frame, ordering())
-    assert verdict.outcome == "mixed (1 of 2)"
-    assert verdict.setting.startswith("digits, resnet8, 5 epochs; printed rates; fashion, resnet8")
+    assert verdict.outcome == "mixed (1 of 2 reproduced)"
+    assert verdict.setting == "digits, resnet8, 5 epochs; fashion, resnet8, 5 epochs"
     only = runs({"a": around(2)}, dataset="another")  # no case: row b is missing
     assert verdict_of(pd.concat([frame, only]), ordering()) == verdict
 
 
 def test_a_printed_number_is_judged_on_its_own_data_set(bar: Path) -> None:
-    number = ordering("value", 0.5, at="paper", kind="value", subject="", against=(), row="a", expected=2.0, dataset="x")
+    number = ordering(
+        "value", 0.5, at="paper", kind="value", subject="", against=(), row="a", expected=2.0, dataset="x"
+    )
     frame = pd.concat([runs({"a": around(2)}, dataset="x"), runs({"a": around(9)}, dataset="y")])
     assert verdict_of(frame, number, "paper").status == "reproduced"
 
@@ -200,7 +204,7 @@ def test_own_rates_are_chosen_by_validation(bar: Path) -> None:
     frame = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0})
     verdict = verdict_of(frame, ordering(rates={"a": "own", "b": "own"}))
     assert verdict.status == "reproduced"
-    assert verdict.setting.endswith("rates by validation: a 0.1, b 0.1")
+    assert verdict.rates == "by validation: a 0.1, b 0.1"
     assert float(verdict.measured.split()[0]) == pytest.approx(np.mean(around(2.5)) - np.mean(around(2.0)), abs=1e-3)
     printed = verdict_of(frame, ordering())  # the first candidates
     assert float(printed.measured.split()[0]) == pytest.approx(np.mean(around(5.0)) - np.mean(around(4.0)), abs=1e-3)
@@ -211,7 +215,7 @@ def test_own_rates_are_chosen_by_validation(bar: Path) -> None:
     ("grid", "reason"),
     [
         ({0.01: 5.0, 0.1: 3.5, 1.0: 3.0}, "the best rate of b, 1, lies at the edge of its grid"),
-        ({0.01: 5.0, 0.1: 2.5}, "the rate of b cannot be chosen: 2 of at least 3 candidate rates"),
+        ({0.01: 5.0, 0.1: 2.5}, "unequal numbers of candidate rates: a 3, b 2"),
         ({0.01: 5.0, 0.1: 2.5, 1.0: 9.0, 10.0: 9.5}, "unequal numbers of candidate rates: a 3, b 4"),
         ({0.01: 5.0, 0.1: math.nan, 1.0: 9.0}, "the best rate of b, 0.01, lies at the edge of its grid"),
     ],
@@ -224,7 +228,7 @@ def test_a_rate_that_is_not_chosen_fairly_decides_nothing(bar: Path, grid: dict[
 def test_a_row_may_take_the_rate_of_another(bar: Path) -> None:
     frame = tuned({0.01: 5.0, 0.1: 3.5, 1.0: 2.2})
     verdict = verdict_of(frame, ordering(rates={"a": "own", "b": "a"}))
-    assert verdict.setting.endswith("a 0.1, b 0.1")
+    assert verdict.rates == "by validation: a 0.1, b 0.1"
     missing = verdict_of(tuned({0.2: 5.0}), ordering(rates={"a": "own", "b": "a"}))
     assert missing.detail == "b was not trained at the rate of a, 0.1"
 

@@ -7,6 +7,7 @@ that nobody looks at. Tensors so small that the call would cost more than their 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from inspect import signature
@@ -22,6 +23,11 @@ from koala_lib.optim._engine.lists import LONG, SLOTS, flat, memory_format, scal
 
 # Kinds of calls in one process, each with code of its own; without this argument of newer versions torch keeps 8.
 VARIANTS: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
+
+# Bits of a vector of the processor. torch's cache of compiled code on disk leaves them out of its key (2.13), and code
+# that is found there by a processor with other vectors computes wrong numbers; as an option they are part of the key.
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS["options"] = {"cpp.simdlen": {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability(), 1)}
 
 
 class Pass:

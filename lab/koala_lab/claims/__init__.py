@@ -7,24 +7,27 @@
 
 from koala_lab.claims.evidence import chosen, circumstances, judge_table
 from koala_lab.claims.judge import NOT_RUN, STATUSES, Verdict, available, combine, find, judge, load, of
-from koala_lab.claims.schema import ANY, PRESETS, Claim, Criterion, read
+from koala_lab.claims.schema import ANY, Claim, Criterion, read
 from koala_lab.claims.scoreboard import (
     BEGIN,
     END,
     counts,
     differences,
     lines,
+    read_verdicts,
     replace_block,
     save,
     saved,
     scoreboard,
     table,
+    write_verdicts,
 )
 from koala_lab.claims.statistics import interval
+from koala_lab.parameters import PRESETS
 
 __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
     "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
-    "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "replace_block",
-    "save", "saved", "scoreboard", "table",
+    "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "read_verdicts", "replace_block",
+    "save", "saved", "scoreboard", "table", "write_verdicts",
 ]  # fmt: skip

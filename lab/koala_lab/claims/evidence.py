@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -51,15 +51,19 @@ def judge_table(frame: pd.DataFrame, claims: Iterable[Claim], preset: str) -> li
         if not set(rows) <= here:
             continue
         wanted = frame[frame["dataset"] == claim.dataset] if claim.dataset and preset == "paper" else frame
-        cases = {name: _judge_case(case, claim, rows, preset) for name, case in _split(wanted, rows)}
+        cases = {name: _judge_case(case, claim, rows, preset) for name, case in _split(wanted, rows, claim.metric)}
         if cases:
             found.append(combine(cases))
     return found
 
 
-def _split(frame: pd.DataFrame, rows: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
-    """The cases of a claim, by name: data sets and networks on which all its rows were run."""
-    found = [(key, case) for key, case in _by_case(frame) if set(rows) <= set(case["row"])]
+def _split(frame: pd.DataFrame, rows: tuple[str, ...], metric: str) -> list[tuple[str, pd.DataFrame]]:
+    """The cases of a claim, by name: data sets and networks on which its rows were run and have the metric."""
+    found = []
+    for key, case in _by_case(frame):
+        values = case.loc[case["row"].isin(rows) & (case["status"] == "done"), metric]
+        if set(rows) <= set(case["row"]) and (values.empty or values.notna().any()):
+            found.append((key, case))
     datasets = [dataset for (dataset, _), _ in found]
     return [(f"{d} {model}" if datasets.count(d) > 1 else d, case) for (d, model), case in found]
 
@@ -73,11 +77,12 @@ def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset:
     choices = choose(case, claim.rates, rows)
     used = {row: case[(case["row"] == row) & (case["candidate"] == choices[row].candidate)] for row in rows}
     doubt = next(filter(None, (choices[row].doubt for row in rows)), "") or unlearned(case, preset)
-    setting = f"{describe(case[case['row'].isin(rows)])}{_rates(choices, claim)}"
+    shown = case[case["row"].isin(rows)]
+    told: dict[str, Any] = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, claim)}
     samples = {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
     if claim.kind == "value":
-        return judge(claim, preset=preset, values=samples[claim.row], doubt=doubt, setting=setting)
-    return judge(claim, preset=preset, arms=samples, doubt=doubt, setting=setting)
+        return judge(claim, preset=preset, values=samples[claim.row], **told)
+    return judge(claim, preset=preset, arms=samples, **told)
 
 
 # ---- rates
@@ -101,8 +106,10 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
     unequal = len(set(budgets.values())) > 1
     text = ", ".join(f"{row} {n}" for row, n in budgets.items())
     doubt = f"unequal numbers of candidate rates: {text}" if unequal else ""
-    chosen = {}
+    chosen: dict[str, Choice] = {}
     for row, rule in how.items():
+        if rule not in ("printed", "own") and rule not in found:
+            raise ValueError(f"{row} takes the rate of {rule}, which is no row of this table")
         if rule == "printed":
             chosen[row] = Choice(0, _candidates(case[case["row"] == row]).get(0, math.nan))
         elif rule == "own":
@@ -144,9 +151,10 @@ def _same(case: pd.DataFrame, row: str, other: str, choice: Choice) -> Choice:
 
 
 def _rates(choices: Mapping[str, Choice], claim: Claim) -> str:
-    if any(how != "printed" for how in claim.rates.values()):
-        return "; rates by validation: " + ", ".join(f"{row} {c.lr:g}" for row, c in choices.items() if c.lr == c.lr)
-    return "; printed rates" if claim.kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
+    taken = {row: c.lr for row, c in choices.items() if claim.rates.get(row, "printed") != "printed"}
+    if taken:
+        return "by validation: " + ", ".join(f"{row} {lr:g}" for row, lr in taken.items())
+    return "as printed" if claim.kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:

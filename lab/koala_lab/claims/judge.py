@@ -31,8 +31,9 @@ import numpy as np
 import pandas as pd
 
 from koala_lab import paths
-from koala_lab.claims.schema import ANY, PRESETS, TESTS, Claim, Criterion, read
+from koala_lab.claims.schema import ANY, TESTS, Claim, Criterion, read
 from koala_lab.claims.statistics import interval, spreads
+from koala_lab.parameters import PRESETS
 
 REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED = "reproduced", "mixed", "inconclusive", "contradicted"
 NOT_RUN = "not run at this scale"
@@ -55,9 +56,10 @@ class Verdict:
         n: How many seeds or cases, as ``counted`` says.
         status: One of ``STATUSES``.
         detail: The rule, or the reason why nothing is decided.
-        counted: ``seeds`` or ``cases``.
-        share: Of a mixed verdict, how many of how many cases are reproduced, such as ``1 of 3``.
-        setting: Data set, network, length, and how the rates were chosen.
+        counted: What ``n`` counts: ``seeds``, ``cases``, ``rounds``.
+        share: Of a mixed verdict, how many of how many cases, such as ``1 of 3 reproduced``.
+        setting: Data set, network and length.
+        rates: How the learning rates were chosen.
     """
 
     claim_id: str
@@ -70,6 +72,7 @@ class Verdict:
     counted: str = "seeds"
     share: str = ""
     setting: str = ""
+    rates: str = ""
 
     @property
     def decided(self) -> bool:
@@ -129,6 +132,8 @@ def judge(
     cut: Collection[str] = (),
     doubt: str = "",
     setting: str = "",
+    rates: str = "",
+    counted: str = "",
 ) -> Verdict:
     """Compare a claim with what was measured at one preset.
 
@@ -151,6 +156,8 @@ def judge(
         cut: Ranges: the rows whose range goes on beyond the window.
         doubt: Why the evidence decides nothing, whatever it says; see `evidence.circumstances`.
         setting: Data, network and length, for the scoreboard.
+        rates: How the learning rates were chosen, for the scoreboard.
+        counted: What the seeds of ``values`` or ``arms`` really are, such as ``rounds`` of a measurement.
     """
     claim = find(claim) if isinstance(claim, str) else claim
     if preset not in PRESETS:
@@ -173,13 +180,12 @@ def judge(
         names = claim.arms if arms is not None else ("values",)
         samples = {row: _seeds(claim, row, source) for row in names}
         outcome = _judge_seeds(claim, criterion, preset, samples)
-        if claim.kind == "range" and outcome.status != INCONCLUSIVE:
-            doubt = doubt or _unresolved(samples, step, cut)
-    if doubt and outcome.status != INCONCLUSIVE:
+        doubt = doubt or (_unresolved(samples, step, cut) if claim.kind == "range" else "")
+    if doubt and outcome.measured != "–":
         outcome = outcome._replace(status=INCONCLUSIVE, detail=doubt, share="")
     at = ANY if claim.scale_free else preset
-    status, text, n, detail, counted, share = outcome
-    return Verdict(claim.id, at, claim.paper, text, n, status, detail, counted, share, setting)
+    status, text, n, detail, units, share = outcome
+    return Verdict(claim.id, at, claim.paper, text, n, status, detail, counted or units, share, setting, rates)
 
 
 def _check_evidence(claim: Claim, criterion: Criterion, evidence: Mapping[str, Any]) -> None:
@@ -219,6 +225,7 @@ def combine(cases: Mapping[str, Verdict]) -> Verdict:
         n=min(v.n for v in cases.values()),
         detail="; ".join(details) or first.detail,
         setting="; ".join(dict.fromkeys(v.setting for v in cases.values() if v.setting)),
+        rates="; ".join(dict.fromkeys(v.rates for v in cases.values() if v.rates)),
     )
 
 
@@ -226,7 +233,8 @@ def _agreed(statuses: list[str]) -> tuple[str, str]:
     """Status and share of several cases."""
     if len(set(statuses)) == 1:
         return statuses[0], ""
-    return MIXED, f"{statuses.count(REPRODUCED)} of {len(statuses)}"
+    shown = REPRODUCED if REPRODUCED in statuses else CONTRADICTED
+    return MIXED, f"{statuses.count(shown)} of {len(statuses)} {shown}"
 
 
 # ---- samples over seeds
@@ -258,7 +266,7 @@ def _judge_seeds(claim: Claim, criterion: Criterion, preset: str, arms: dict[str
         mean, low, high = interval(sample, TESTS[test].confidence)
         status, why = _compare(test, margin, sample - target, len(samples))
         slack = low if test in ("better", "no_worse") else -max(abs(low - target), abs(high - target))
-        ranked.append((-STATUSES.index(status), slack, status, label, (mean, low, high), why))
+        ranked.append((-STATUSES.index(status), _rounded(slack), status, label, (mean, low, high), why))
     *_, status, label, numbers, why = min(ranked)
     mean_text, low_text, high_text = (_number(v, claim, "" if test == "value" else "+") for v in numbers)
     text = f"{mean_text} [{low_text}, {high_text}]{label}"
@@ -339,17 +347,18 @@ def _judge_measured(claim: Claim, criterion: Criterion, cases: dict[str, float],
     if criterion.test != "at_most":
         over = {name: abs(v) if criterion.test == "near" else -v for name, v in over.items()}
     undefined = [name or "the value" for name in cases if name not in over]
-    worst = max(over, key=lambda name: over[name], default="")
+    worst = max(over, key=lambda name: _rounded(over[name]), default="")  # the first of several
+    highest = max(over.values(), default=-math.inf)
     tolerance = criterion.margin
     beyond = tolerance if criterion.beyond is None else criterion.beyond
-    if not math.isfinite(target) or not over or (undefined and over[worst] <= beyond):
+    if not math.isfinite(target) or not over or (undefined and highest <= beyond):
         undefined += ["the bound"] * (not math.isfinite(target))
         reason = f"not a number: {', '.join(undefined)}" if undefined else "nothing measured"
         return _Outcome(INCONCLUSIVE, "–", len(cases), reason, "cases")
     each = [CONTRADICTED if v > beyond else INCONCLUSIVE if v > tolerance else REPRODUCED for v in over.values()]
     status, share = _agreed(each)
     if claim.kind in ("exact", "identity"):  # one counter-example is enough
-        status, share = each[list(over).index(worst)], ""
+        status, share = each[list(over.values()).index(highest)], ""
     text = _number(cases[worst], claim) + (f" ({worst})" if worst else "")
     rule = f"{criterion.test.replace('_', ' ')} {target:g}" + (f", tolerance {tolerance:g}" if tolerance else "")
     rule += f", contradicted past {beyond:g}" if beyond > tolerance else ""
@@ -373,8 +382,8 @@ def _judge_never(cases: dict[str, float], contrast: dict[str, float] | None) -> 
 
 def _judge_vanishes(criterion: Criterion, measured: Any) -> _Outcome:
     """Whether a quantity falls like a power of the horizon, or faster, between any two horizons."""
-    nested = isinstance(measured, Mapping) and any(isinstance(v, Mapping) for v in measured.values())
-    cases = measured if nested else {"": measured}
+    by_horizon = isinstance(measured, Mapping) and all(isinstance(k, int | float | np.number) for k in measured)
+    cases = measured if isinstance(measured, Mapping) and not by_horizon else {"": measured}
     statuses, texts = [], []
     for name, horizons in cases.items():
         status, text = _falls(horizons, criterion.margin)
@@ -411,6 +420,11 @@ def _judge_holds(claim: Claim, holds: bool | Mapping[str, bool]) -> _Outcome:
         status, share = CONTRADICTED, ""
     detail = "fails: " + ", ".join(failed) if failed else "every case holds" if cases else "nothing checked"
     return _Outcome(status, f"{len(cases) - len(failed)} of {len(cases)} hold", len(cases), detail, "cases", share)
+
+
+def _rounded(value: float) -> float:
+    """Six digits: cases that are equal but for rounding errors, which each processor has its own, are a tie."""
+    return float(f"{value:.6g}")
 
 
 def _number(value: float, claim: Claim, plus: str = "") -> str:

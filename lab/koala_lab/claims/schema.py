@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-PRESETS = ("quick", "desktop", "paper")
+from koala_lab.parameters import PRESETS
+
 ANY = "any"  # in the place of presets: what has no scale and is settled once
 SOURCES = ("paper", "released code", "ours")
 RATES = ("printed", "own")  # or the name of the row whose rate is taken
@@ -216,7 +217,7 @@ def _checked(claim: Claim, at: str) -> Claim:
         (exact and not claim.scale_free, "judge", f"what is {claim.kind} has no scale: give one test under {ANY!r}"),
         (bool(claim.rates) and not ordering, "rates", "only for an ordering"),
         (
-            not {*claim.rates.values()} <= {*RATES, *claim.arms} or not {*claim.rates} <= {*claim.arms},
+            not {*claim.rates} <= {*claim.arms} or not all(isinstance(how, str) for how in claim.rates.values()),
             "rates",
             f"expected {', '.join(RATES)} or a row, for rows of the claim; got {dict(claim.rates)!r}",
         ),

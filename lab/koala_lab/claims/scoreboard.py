@@ -13,7 +13,9 @@ import pandas as pd
 
 from koala_lab import paths
 from koala_lab.claims.judge import MIXED, NOT_RUN, STATUSES, Verdict, available, find, load
-from koala_lab.claims.schema import ANY, PRESETS, Claim
+from koala_lab.claims.schema import ANY, Claim
+from koala_lab.files import write_json
+from koala_lab.parameters import PRESETS
 
 NOT_YET = "not run yet"
 BEGIN, END = "<!-- scoreboard:begin -->", "<!-- scoreboard:end -->"
@@ -48,7 +50,7 @@ def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str
         if count:
             texts.append(_wrap(f"{_at(at)}: {count} {status}{': ' + why if why else ''}", ""))
     if claims:
-        texts.append(f"{len(claims)} claims")
+        texts.append(f"{len(claims)} claims in all")
     return "\n".join(texts) or "nothing judged"
 
 
@@ -57,11 +59,15 @@ def _at(preset: str) -> str:
 
 
 def _short(detail: str) -> str:
-    return "" if detail.startswith("the claim lists") else detail.split(" (")[0]
+    """Why nothing is decided, in words that several claims share."""
+    if detail.startswith("the claim lists"):
+        return ""
+    return "the interval cannot tell" if "% interval)" in detail else detail
 
 
 def _sentence(v: Verdict) -> str:
-    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}"
+    rates = f"; rates {v.rates}" if v.rates else ""
+    return f"{v.outcome}: {v.claim_id.split('.', 1)[1]}: {v.measured}, n = {v.n} {v.counted}{rates}"
 
 
 def _wrap(text: str, indent: str) -> str:
@@ -80,23 +86,31 @@ def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
 
 def save(verdicts: Iterable[Verdict], notebook: str, folder: Path | None = None) -> Path:
     """Write one notebook's verdicts to ``verdicts/<notebook>.json`` in the report, or to another folder."""
-    path = folder / "verdicts.json" if folder else paths.report_dir() / "verdicts" / f"{notebook}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"verdicts": [asdict(v) for v in verdicts]}, indent=1, ensure_ascii=False)
-    temporary = path.with_suffix(".tmp")  # renamed: a reader never sees half a file
-    temporary.write_text(text + "\n", encoding="utf-8")
-    return temporary.replace(path)
+    return write_verdicts(
+        verdicts, folder / "verdicts.json" if folder else paths.report_dir() / "verdicts" / f"{notebook}.json"
+    )
+
+
+def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
+    """Write verdicts to a file."""
+    write_json(path, {"verdicts": [asdict(v) for v in verdicts]})
+    return path
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:
     """All verdicts below a folder, by default ``report/verdicts``, in the order of the file names."""
-    verdicts = []
-    for path in sorted((folder or paths.report_dir() / "verdicts").rglob("*.json")):
-        try:
-            verdicts += [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["verdicts"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of verdicts ({error}); run its notebook again") from error
-    return verdicts
+    files = sorted((folder or paths.report_dir() / "verdicts").rglob("*.json"))
+    return [verdict for path in files for verdict in read_verdicts(path)]
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts of one file; none if there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        return [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["verdicts"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of verdicts ({error}); run its notebook again") from error
 
 
 def differences(here: Iterable[Verdict], there: Iterable[Verdict]) -> list[str]:
@@ -211,7 +225,8 @@ def _verdict_row(claim: Claim, v: Verdict) -> str:
     mark = " †" if claim.fragile and v.preset in (PRESETS[0], ANY) else ""
     why = f"; {v.detail}" if v.status == MIXED else ""
     says, n = f"{claim.paper}{kind}", f"{v.n} {v.counted}"
-    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, v.setting or "–")
+    on = "; ".join(filter(None, (v.setting, v.rates and f"rates {v.rates}"))) or "–"
+    return _row(label, claim.source, says, _at(v.preset), v.outcome + mark, v.measured + why, n, on)
 
 
 def _status(claim: Claim, preset: str, judged: _Judged) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,9 +128,9 @@ def start(name: str) -> Notebook:
     pd.set_option("display.width", 100, "display.max_rows", None, "display.max_columns", None, "display.precision", 3)
     plots.style()
     scale = scale_of(name, values)
-    print(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()))
+    print(textwrap.fill(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()), 100, break_long_words=False))
     if scale == CUSTOM:
-        print(f"custom: not the parameters of preset {values['preset']}, so nothing here counts for the scoreboard")
+        print(f"custom: not the parameters of preset {values['preset']}; nothing here enters the scoreboard")
     return Notebook(name=name, preset=values["preset"], params=values, store=Store(), scale=scale)
 
 
@@ -257,7 +258,7 @@ class Notebook:
 
         Args:
             fig: A matplotlib figure; it is closed.
-            name: File name without suffix.
+            name: File name without suffix; the paper is the folder, and is taken off the name.
             runs: The table or the results that it is drawn from; their keys go into the sidecar.
         """
         from IPython.display import Image, display
@@ -272,7 +273,9 @@ class Notebook:
             "versions": plots.versions(),
         }
         folder = self._folder() / "figures" if self.scale == CUSTOM else paths.figures_dir()
-        png = plots.save(fig, folder / name, origin)
+        paper = self.name.rpartition("/")[0]
+        name = name.removeprefix(f"{paper}_")
+        png = plots.save(fig, folder / paper / name, origin)
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
     def printed(self, metric: str) -> dict[str, float]:

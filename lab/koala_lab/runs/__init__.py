@@ -6,7 +6,6 @@ from koala_lab.runs.store import (
     read_results,
     results_file,
     run_all,
-    write_json,
 )
 from koala_lab.runs.tables import Grid, curves, expand, frame, learning_curves, summary, table
 from koala_lab.runs.training import RunResult, train
@@ -26,5 +25,4 @@ __all__ = [
     "summary",
     "table",
     "train",
-    "write_json",
 ]

@@ -12,7 +12,7 @@ from koala_lab import tasks
 from koala_lab.claims import references
 from koala_lab.claims.references import Reference
 from koala_lab.config import RunConfig
-from koala_lab.runs.store import write_json
+from koala_lab.files import write_json
 
 
 def key_of(config: RunConfig) -> str:

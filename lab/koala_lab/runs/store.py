@@ -18,29 +18,8 @@ from filelock import FileLock, Timeout
 
 from koala_lab import paths
 from koala_lab.config import RunConfig
+from koala_lab.files import write_json
 from koala_lab.runs.training import RunResult, train
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written (a full disk, say); what stood at ``path`` before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path}: {error.strerror or error}; nothing was lost, free some space and start again"
-        ) from error
 
 
 class Store:

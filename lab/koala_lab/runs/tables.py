@@ -151,7 +151,7 @@ def summary(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    network = ["model"] if frame["model"].nunique() > 1 else []
+    network = ["model"] if (frame.groupby("dataset")["model"].nunique() > 1).any() else []
     by = ["dataset", *network, "row", *(["lr"] if (frame["candidate"] > 0).any() else [])]
     groups = frame.groupby(by, sort=False, dropna=False)
     columns = {(m, name): groups[m].agg(how) for m in metrics for name, how in (("mean", "mean"), ("sd", "std"))}

@@ -114,12 +114,14 @@ class RunConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields, as JSON has them."""
         return (
             asdict(self) | {name: dict(getattr(self, name)) for name in _MAPPINGS} | {"milestones": [*self.milestones]}
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration that :meth:`to_dict` wrote."""
         return cls(**values)
 
     @property

@@ -32,19 +32,22 @@ def _folder(variable: str, *default: str) -> Path:
 
 
 def notebooks() -> Path:
+    """Return the folder of the notebooks."""
     return root() / "notebooks"
 
 
 def presets() -> Path:
+    """Return the folder of what larger presets override, by preset."""
     return notebooks() / "presets"
 
 
 def claims_dir() -> Path:
+    """Return the folder of the papers' claims."""
     return root() / "data" / "claims"
 
 
 def results_dir() -> Path:
-    """Committed results of the larger presets."""
+    """Return the folder of committed results of the larger presets."""
     return _folder("KOALA_RESULTS", "data", "results")
 
 
@@ -59,15 +62,16 @@ def raw_dir() -> Path:
 
 
 def data_dirs() -> list[Path]:
-    """Folders searched for data sets, first match wins."""
+    """Return the folders searched for data sets, first match wins."""
     given = [Path(p).expanduser() for p in os.environ.get("KOALA_DATA", "").split(os.pathsep) if p]
     return [*given, raw_dir()]
 
 
 def report_dir() -> Path:
+    """Return the folder that `make reproduce` writes; ignored by git."""
     return _folder("KOALA_REPORT", "report")
 
 
 def figures_dir() -> Path:
-    """Figures of an ordinary run go into the report; ``make figures`` points this at the committed folder."""
+    """Return the report's folder of figures; ``make figures`` points this at the committed one."""
     return _folder("KOALA_FIGURES") if os.environ.get("KOALA_FIGURES") else report_dir() / "figures"

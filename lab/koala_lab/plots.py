@@ -83,7 +83,7 @@ def style() -> None:
 
 
 def colour(method: str) -> str:
-    """Colour of a method; one without an entry gets the same spare colour everywhere."""
+    """Return the colour of a method; one without an entry gets the same spare colour everywhere."""
     spare = sns.color_palette("tab20").as_hex()
     return str(PALETTE.get(method, spare[zlib.crc32(method.encode()) % len(spare)]))
 
@@ -93,7 +93,7 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
 
 
 def log_y(ax: Axes) -> None:
-    """A logarithmic y axis with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
+    """Make the y axis logarithmic, with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
 
     Args:
         ax: An axes on which all is drawn: the ticks are those of its present limits.
@@ -125,7 +125,7 @@ def seeds(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Every seed as a point, beside it the mean and its 95 % t-interval.
+    """Draw every seed as a point, beside it the mean and its 95 % t-interval.
 
     Args:
         data: Tidy results, one row per run.
@@ -172,7 +172,7 @@ def curves(
     colours: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Learning curves: every run thin, the mean over seeds thick.
+    """Draw learning curves: every run thin, the mean over seeds thick.
 
     Args:
         data: What `koala_lab.runs.curves` returns: one row per run, epoch and metric.
@@ -224,7 +224,7 @@ def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, col
 
 
 def row_colours(rows: Sequence[str]) -> dict[str, str]:
-    """A colour per row of a table, by its place; colour-blind safe for up to ten."""
+    """Return a colour per row of a table, by its place; colour-blind safe for up to ten."""
     wheel = _SAFE if len(rows) <= len(_SAFE) else sns.color_palette("husl", len(rows)).as_hex()
     return dict(zip(rows, wheel, strict=False))
 
@@ -242,7 +242,7 @@ def table(
     limit: float | None = None,
     curve_limit: float | None = None,
 ) -> Figure:
-    """A table as a picture: its rows from top to bottom, and a line of panels per data set and network.
+    """Draw a table: its rows from top to bottom, and a line of panels per data set and network.
 
     From left to right: the paper's printed values as black squares, where there are any; every seed as a point with
     the mean and its 95 % t-interval; the learning curves, where they are given.
@@ -288,7 +288,7 @@ def _row_axis(ax: Axes, rows: Sequence[str]) -> None:
 
 
 def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> None:
-    """The paper's numbers of the rows that it has."""
+    """Draw the paper's numbers of the rows that it has."""
     known = [(printed[row], place) for place, row in enumerate(rows) if row in printed]
     ax.plot(*zip(*known, strict=True), "s", color=PALETTE["paper"], ms=6)
     ax.set(title="paper")
@@ -299,7 +299,7 @@ def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> Non
 def _dots(
     ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str], limit: float | None
 ) -> None:
-    """Every seed, and the mean of each row with its interval."""
+    """Draw every seed, and the mean of each row with its interval."""
     end = math.inf if limit is None else limit
     for place, row in enumerate(rows):
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
@@ -316,7 +316,7 @@ def _dots(
 
 
 def _mean_curves(ax: Axes, data: pd.DataFrame, shades: Mapping[str, str]) -> None:
-    """Mean over the seeds per epoch, a colour per row as in the panel beside it."""
+    """Draw the mean over the seeds per epoch, one colour per row as in the panel beside it."""
     for row, mine in data.groupby("row", sort=False):
         mean = mine.groupby("epoch")["value"].mean()
         ax.plot(mean.index, mean.to_numpy(), lw=2, color=shades[str(row)])
@@ -331,7 +331,7 @@ def steps(
     columns: int = 3,
     window: int = 15,
 ) -> Figure:
-    """Runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw and pale.
+    """Draw runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw.
 
     Args:
         records: One row per step by method, with a column ``step``; other columns that are missing are not drawn.
@@ -361,7 +361,7 @@ def steps(
 def contours(
     ax: Axes, function: Callable[[Array], Array], x: tuple[float, float], y: tuple[float, float], lines: int = 10
 ) -> None:
-    """Grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
+    """Draw grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
 
     Args:
         ax: Where to draw.
@@ -378,14 +378,14 @@ def contours(
 
 
 def ellipse(ax: Axes, mean: Array, covariance: Array, **line: Any) -> None:
-    """The points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
+    """Draw the points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
     angle = np.linspace(0, 2 * np.pi, 200)
     circle = np.stack([np.cos(angle), np.sin(angle)])
     ax.plot(*(np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle), **line)
 
 
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on."""
+    """Return the versions that a figure depends on."""
     packages = ("koala-lib", "torch", "numpy", "matplotlib")
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
 

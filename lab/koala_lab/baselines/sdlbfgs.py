@@ -19,8 +19,9 @@ Pair = tuple[Tensor, Tensor]  # s and the damped y
 
 
 def damped_change(s: Tensor, y: Tensor, gamma: float) -> Tensor:
-    r"""Return the change of the gradient, moved towards :math:`\gamma s` as far as it must for enough curvature (3.2):
-    :math:`s^\top\bar y \ge 0.25\,\gamma\,s^\top s`.
+    r"""Move the change of the gradient towards :math:`\gamma s` as far as it must for enough curvature (3.2).
+
+    Enough is :math:`s^\top\bar y \ge 0.25\,\gamma\,s^\top s`.
 
     Args:
         s: displacement of the weights, not 0.
@@ -33,7 +34,9 @@ def damped_change(s: Tensor, y: Tensor, gamma: float) -> Tensor:
 
 
 def two_loop(gradient: Tensor, pairs: Sequence[Pair], gamma: float) -> Tensor:
-    r"""H times the gradient (Procedure 3.1), where H starts from :math:`I/\gamma` and takes in the pairs, oldest first:
+    r"""Return H times the gradient (Procedure 3.1).
+
+    H starts from :math:`I/\gamma` and takes in the pairs, oldest first:
 
     .. math:: H \leftarrow (I - \rho s\bar y^\top) H (I - \rho\bar y s^\top) + \rho s s^\top, \quad
         \rho = 1 / s^\top\bar y.
@@ -99,6 +102,7 @@ class SdLBFGS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "history_size": history_size, "delta": delta})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the one param group that there may be."""
         if self.param_groups:
             raise ValueError("SdLBFGS keeps one Hessian for all parameters and takes one param group")
         super().add_param_group(param_group)
@@ -108,7 +112,7 @@ class SdLBFGS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """One step, for which the closure is called twice: at the weights before and after it.
+        """Make one step, for which the closure is called twice: at the weights before and after it.
 
         Args:
             closure: clears the gradients, computes the loss of one and the same minibatch, calls ``backward`` and
@@ -138,7 +142,7 @@ class SdLBFGS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def inverse_hessian(self) -> Tensor:
-        """H of the next step as a matrix, ``(n, n)`` for n weights in all: for small problems."""
+        """Return H of the next step as a matrix, ``(n, n)`` for n weights in all: for small problems."""
         first = self.param_groups[0]["params"][0]
         n = sum(p.numel() for p in self.param_groups[0]["params"])
         return torch.stack([self._apply(row) for row in torch.eye(n, dtype=first.dtype, device=first.device)])
@@ -150,7 +154,7 @@ class SdLBFGS(torch.optim.Optimizer):
 
     @staticmethod
     def _gradient(params: list[Tensor]) -> Tensor:
-        """All gradients as one vector; that of a parameter without one is 0."""
+        """Return all gradients as one vector; that of a parameter without one is 0."""
         if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
             raise RuntimeError("SdLBFGS does not support sparse gradients; use dense ones")
         return _vector(torch.zeros_like(p) if p.grad is None else p.grad for p in params)

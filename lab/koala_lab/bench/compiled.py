@@ -1,5 +1,4 @@
-"""What the compiled steps cost beside torch's fused AdamW: the goals, the limits that memory sets, size and number of
-tensors, and the time of compiling.
+"""What the compiled steps cost beside torch's fused AdamW: goals, limits of memory, sizes, time of compiling.
 
 A step computes next to nothing with what it reads, so that its time is at least that of moving its numbers through
 memory once: ``MOVED`` of them per parameter, against AdamW's seven. As in :mod:`koala_lab.bench.steps`, whatever is
@@ -188,7 +187,7 @@ def compile_time(model: str = "resnet18", *, device: str = "cpu") -> list[Row]:
 
 
 def bandwidth(params: list[Tensor], *, device: str = "cpu") -> Row:
-    """Gigabytes per second of copying the weights, the simplest pass there is: a number read, a number written."""
+    """Measure gigabytes per second of copying the weights, the simplest pass: a number read, a number written."""
     weights = [nn.Parameter(p.detach().clone()) for p in params]
     copies = [torch.empty_like(w) for w in weights]
 

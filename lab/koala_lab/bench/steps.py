@@ -120,7 +120,7 @@ def sweep(
 
 
 def exponents(rows: Iterable[Row], optimizer: str, *, smallest: int = LARGE) -> dict[int, float]:
-    """By repetition, the c of ms - overhead ~ parameters^c, fitted to the sizes from ``smallest`` on.
+    """Fit the c of ms - overhead ~ parameters^c, by repetition, to the sizes from ``smallest`` on.
 
     Raises:
         ValueError: with fewer than two such sizes.
@@ -216,8 +216,10 @@ def training_jobs(
     *,
     device: str = "cpu",
 ) -> dict[str, Callable[[], object]]:
-    """Jobs that train one network by a step of each optimizer; ``gradients`` takes in the seconds of forward and
-    backward."""
+    """Return jobs that train one network by a step of each optimizer.
+
+    ``gradients`` takes in the seconds of forward and backward.
+    """
     torch.manual_seed(0)
     network = image_network(model, device=device)
     images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
@@ -260,13 +262,13 @@ def file() -> Path:
 
 
 def stored(device: str = "cpu") -> dict[str, Any]:
-    """Committed results of a kind of device by section, empty where there are none."""
+    """Return the committed results of a kind of device by section, empty where there are none."""
     content = json.loads(file().read_text()) if file().exists() else {}
     return dict(content.get(device.partition(":")[0], {}))
 
 
 def provenance(device: str) -> Row:
-    """Where and under which load (processes that wanted to run, mean over a minute) something is being measured."""
+    """Return where and under which load (processes that wanted to run, mean over a minute) one measures."""
     return {
         "device": device_name(device),
         "kernels": torch.backends.cpu.get_cpu_capability(),

@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 def judge_table(frame: pd.DataFrame, claims: Iterable[Claim], preset: str) -> list[Verdict]:
-    """Verdicts of the values and orderings whose rows and metric are in a table.
+    """Judge the values and orderings whose rows and metric are in a table.
 
     Args:
         frame: Of `koala_lab.runs.frame`.
@@ -58,7 +58,7 @@ def judge_table(frame: pd.DataFrame, claims: Iterable[Claim], preset: str) -> li
 
 
 def _split(frame: pd.DataFrame, rows: tuple[str, ...], metric: str) -> list[tuple[str, pd.DataFrame]]:
-    """The cases of a claim, by name: data sets and networks on which its rows were run and have the metric."""
+    """Return the cases of a claim, by name: data sets and networks on which its rows were run and have the metric."""
     found = []
     for key, case in _by_case(frame):
         values = case.loc[case["row"].isin(rows) & (case["status"] == "done"), metric]
@@ -89,7 +89,7 @@ def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset:
 
 
 def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) -> dict[str, Choice]:
-    """The candidate of each row, on one data set and network.
+    """Choose the candidate of each row, on one data set and network.
 
     ``printed`` is the first candidate. ``own`` is that with the smallest mean of the validation metric over the seeds
     that all candidates of the row have, a failed run counting as infinitely bad; it must lie inside its grid, and all
@@ -136,7 +136,7 @@ def _own(case: pd.DataFrame, row: str) -> Choice:
 
 
 def _candidates(mine: pd.DataFrame) -> dict[int, float]:
-    """The rates of one row by candidate; none where it gives no rate."""
+    """Return the rates of one row by candidate; none where it gives no rate."""
     if "lr" not in mine:
         return {}
     known = mine.dropna(subset="lr").drop_duplicates("candidate")
@@ -158,7 +158,7 @@ def _rates(choices: Mapping[str, Choice], claim: Claim) -> str:
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:
-    """The part of a table at each row's own best candidate, per data set and network; rows with one keep it."""
+    """Return the part of a table at each row's own best candidate, per data set and network; rows with one keep it."""
     kept = []
     for _, case in _by_case(frame):
         for row in case["row"].unique():
@@ -170,7 +170,7 @@ def chosen(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe(frame: pd.DataFrame) -> str:
-    """Data set, network and length of some runs in a few words.
+    """Name data set, network and length of some runs in a few words.
 
     >>> line = {"dataset": "digits", "train_size": None, "model": "resnet8", "epochs": 5}
     >>> describe(pd.DataFrame([line]))
@@ -185,7 +185,7 @@ def describe(frame: pd.DataFrame) -> str:
 
 
 def unlearned(frame: pd.DataFrame, preset: str) -> str:
-    """Why runs on one data set do not count: nothing beats its reference; empty if something does.
+    """Say why runs on one data set do not count: nothing beats its reference; empty if something does.
 
     Args:
         frame: All rows on that data set.
@@ -208,6 +208,6 @@ def unlearned(frame: pd.DataFrame, preset: str) -> str:
 
 
 def circumstances(frame: pd.DataFrame, preset: str) -> dict[str, str]:
-    """``doubt`` and ``setting`` for `judge`, of evidence that was made by hand from a table of runs."""
+    """Return ``doubt`` and ``setting`` for `judge`, of evidence that was made by hand from a table of runs."""
     doubts = [doubt for _, case in _by_case(frame) if (doubt := unlearned(case, preset))]
     return {"doubt": doubts[0] if doubts else "", "setting": describe(frame)}

@@ -95,23 +95,23 @@ class _Outcome(NamedTuple):
 
 
 def available() -> list[str]:
-    """The papers whose claims are here."""
+    """Return the papers whose claims are here."""
     return sorted(path.stem for path in paths.claims_dir().glob("*.yaml"))
 
 
 @cache
 def load(paper: str = "koala") -> Mapping[str, Claim]:
-    """The claims of one paper by id, in the order of its file."""
+    """Return the claims of one paper by id, in the order of its file."""
     return read(paths.claims_dir() / f"{paper}.yaml")
 
 
 def of(notebook: str) -> list[Claim]:
-    """The claims that a notebook judges."""
+    """Return the claims that a notebook judges."""
     return [claim for paper in available() for claim in load(paper).values() if claim.notebook == notebook]
 
 
 def find(claim_id: str) -> Claim:
-    """The claim with an id."""
+    """Return the claim with an id."""
     paper = claim_id.split(".")[0]
     if not (paths.claims_dir() / f"{paper}.yaml").is_file() or claim_id not in load(paper):
         raise ValueError(f"there is no claim {claim_id!r} in data/claims/{paper}.yaml")
@@ -203,7 +203,7 @@ def _cases(given: Any) -> dict[str, float]:
 
 
 def combine(cases: Mapping[str, Verdict]) -> Verdict:
-    """One verdict from several data sets: theirs where all agree, ``mixed`` where they differ and any is decided.
+    """Join the verdicts of several data sets: theirs where all agree, ``mixed`` where they differ and any is decided.
 
     Data sets are not a sample of anything, so their pairs are not pooled; ``n`` is that of each.
 
@@ -230,7 +230,7 @@ def combine(cases: Mapping[str, Verdict]) -> Verdict:
 
 
 def _agreed(statuses: list[str]) -> tuple[str, str]:
-    """Status and share of several cases."""
+    """Return the status and share of several cases."""
     if len(set(statuses)) == 1:
         return statuses[0], ""
     shown = REPRODUCED if REPRODUCED in statuses else CONTRADICTED
@@ -253,7 +253,7 @@ def _seeds(claim: Claim, row: str, source: Any) -> dict[int, float]:
 
 
 def _judge_seeds(claim: Claim, criterion: Criterion, preset: str, arms: dict[str, dict[int, float]]) -> _Outcome:
-    """Values and orderings: t intervals over seeds, paired between rows; the comparison that fares worst decides."""
+    """Judge values and orderings by t intervals over seeds, paired between rows; the worst comparison decides."""
     test, margin = criterion.test, criterion.margin
     seeds = sorted(set().union(*arms.values()))
     n, reason = _incomplete(claim, criterion, preset, arms, seeds)
@@ -284,7 +284,7 @@ def _judge_seeds(claim: Claim, criterion: Criterion, preset: str, arms: dict[str
 def _incomplete(
     claim: Claim, criterion: Criterion, preset: str, arms: dict[str, dict[int, float]], seeds: list[int]
 ) -> tuple[int, str]:
-    """How many seeds every row has, and what is missing for a verdict."""
+    """Return how many seeds every row has, and what is missing for a verdict."""
     least = max(2, criterion.n or (claim.n or 3 if preset == "paper" else 5))
     gaps = {row: [seed for seed in seeds if not math.isfinite(x.get(seed, math.nan))] for row, x in arms.items()}
     n = len(set(seeds).difference(*gaps.values()))
@@ -295,7 +295,7 @@ def _incomplete(
 
 
 def _pairs(claim: Claim, arms: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The samples to judge: the values themselves, or differences per seed, positive where the subject is better."""
+    """Return the samples to judge: the values, or differences per seed, positive where the subject is better."""
     if "values" in arms:
         return {"": arms["values"]}
     if claim.among:
@@ -305,7 +305,7 @@ def _pairs(claim: Claim, arms: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.
 
 
 def _compare(test: str, margin: float, sample: np.ndarray[Any, Any], comparisons: int) -> tuple[str, str]:
-    """Status of one comparison, and what its detail must add."""
+    """Return the status of one comparison, and what its detail must add."""
     if not spreads(sample):
         return INCONCLUSIVE, NO_SPREAD
     confidence = TESTS[test].confidence
@@ -319,7 +319,7 @@ def _compare(test: str, margin: float, sample: np.ndarray[Any, Any], comparisons
 
 
 def _place(test: str, margin: float, ci: tuple[float, float], sure: tuple[float, float]) -> str:
-    """Where an interval lies beside what the test asks for; ``sure`` is the wider one that a contradiction needs."""
+    """Place an interval beside what the test asks for; ``sure`` is the wider one that a contradiction needs."""
     low = margin if test == "better" else -margin
     high = math.inf if test in ("better", "no_worse") else margin
     if sure[1] < low or sure[0] > high:
@@ -329,7 +329,7 @@ def _place(test: str, margin: float, ci: tuple[float, float], sure: tuple[float,
 
 
 def _unresolved(arms: Mapping[str, Mapping[int, float]], step: float | None, cut: Collection[str]) -> str:
-    """Why ranges cannot be compared; empty if they can."""
+    """Say why ranges cannot be compared; empty if they can."""
     if step is None:
         return "the step of the grid that the ranges are read from is not given"
     if beyond := [row for row in arms if row in cut]:
@@ -369,7 +369,7 @@ def _judge_measured(claim: Claim, criterion: Criterion, cases: dict[str, float],
 
 
 def _judge_never(cases: dict[str, float], contrast: dict[str, float] | None) -> _Outcome:
-    """How often something happened that never should; only a contrast in which it does shows that it could."""
+    """Return how often something happened that never should; only a contrast in which it does shows that it could."""
     count, beside = sum(cases.values()), sum((contrast or {}).values())
     text = f"{count:g}, {beside:g} in the contrast" if contrast is not None else f"{count:g}"
     if count > 0:
@@ -381,7 +381,7 @@ def _judge_never(cases: dict[str, float], contrast: dict[str, float] | None) -> 
 
 
 def _judge_vanishes(criterion: Criterion, measured: Any) -> _Outcome:
-    """Whether a quantity falls like a power of the horizon, or faster, between any two horizons."""
+    """Say whether a quantity falls like a power of the horizon, or faster, between any two horizons."""
     by_horizon = isinstance(measured, Mapping) and all(isinstance(k, int | float | np.number) for k in measured)
     cases = measured if isinstance(measured, Mapping) and not by_horizon else {"": measured}
     statuses, texts = [], []
@@ -423,7 +423,7 @@ def _judge_holds(claim: Claim, holds: bool | Mapping[str, bool]) -> _Outcome:
 
 
 def _rounded(value: float) -> float:
-    """Six digits: cases that are equal but for rounding errors, which each processor has its own, are a tie."""
+    """Round to six digits: cases that differ by rounding errors, of which each processor has its own, are a tie."""
     return float(f"{value:.6g}")
 
 

@@ -41,12 +41,12 @@ class Reference(NamedTuple):
 
 
 def file() -> Path:
-    """Where the references are committed."""
+    """Return where the references are committed."""
     return paths.results_dir() / "references.json"
 
 
 def key(task: str, dataset: str, train_size: int | None, task_args: Mapping[str, Any]) -> str:
-    """What a reference is kept under: the data that a run is trained and measured on.
+    """Return what a reference is kept under: the data that a run is trained and measured on.
 
     >>> key("classification", "digits", 600, {"validation_size": 100, "landscape_size": 5})
     'classification digits 600 validation_size=100'
@@ -56,7 +56,7 @@ def key(task: str, dataset: str, train_size: int | None, task_args: Mapping[str,
 
 
 def load() -> dict[str, Reference]:
-    """All stored references by key; none if there is no file."""
+    """Return all stored references by key; none if there is no file."""
     if not file().exists():
         return {}
     try:
@@ -82,13 +82,13 @@ def linear_error(images: Array, labels: Array, test_images: Array, test_labels: 
 
 
 def unigram_loss(train: Array, test: Array, vocabulary: int) -> float:
-    """Mean negative log-probability in nats of the test tokens but the first, under training frequencies plus one."""
+    """Return the mean -log p in nats of the test tokens but the first, p from training frequencies plus one."""
     counts = np.bincount(train, minlength=vocabulary) + 1.0
     return float(-np.log(counts / counts.sum())[test[1:]].mean())
 
 
 def neighbour_bleu(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, str]]) -> float:
-    """BLEU of answering every test sentence with the translation of the most similar training sentence.
+    """Return the BLEU of answering every test sentence with the translation of the most similar training sentence.
 
     Similar by the cosine of TF-IDF vectors of words.
 
@@ -108,7 +108,7 @@ def neighbour_bleu(train: Sequence[tuple[str, str]], test: Sequence[tuple[str, s
 
 
 def gaussian_images(images: Array, count: int) -> Array:
-    """Images drawn from the Gaussian that has mean and covariance of the pixels of some images.
+    """Draw images from the Gaussian that has mean and covariance of the pixels of some images.
 
     Args:
         images: ``(N, ...)`` from 0 to 1.

@@ -106,6 +106,7 @@ class Claim:
 
     @property
     def arms(self) -> tuple[str, ...]:
+        """The rows that the claim compares."""
         return self.among or (self.subject, *self.against)
 
     @property
@@ -114,7 +115,7 @@ class Claim:
         return ANY in self.judge
 
     def criterion(self, preset: str) -> Criterion | None:
-        """How it is judged at a preset; ``None`` for not at all."""
+        """Return how the claim is judged at a preset; ``None`` for not at all."""
         return self.judge.get(ANY) or self.judge.get(preset)
 
     @property
@@ -171,7 +172,7 @@ def _fields(entry: Any, at: str, **schema: str) -> dict[str, Any]:
 
 
 def _criteria(judge: str | dict[str, Any], named: dict[str, Any], at: str) -> dict[str, Criterion]:
-    """The criterion of each listed preset, written out or by name."""
+    """Return the criterion of each listed preset, written out or by name."""
     if isinstance(judge, str) and judge not in named:
         raise ValueError(f"{at}: field 'judge': no criteria named {judge!r}; known are {', '.join(named)}")
     written = named[judge] if isinstance(judge, str) else judge
@@ -197,7 +198,7 @@ def _criteria(judge: str | dict[str, Any], named: dict[str, Any], at: str) -> di
 
 
 def _checked(claim: Claim, at: str) -> Claim:
-    """The rules that tie fields together."""
+    """Check the rules that tie fields together."""
     ordering, tests = claim.kind in RANKED, {c.test for c in claim.judge.values()}
     exact = claim.kind in ("exact", "identity", "limit")
     named = len(claim.among) > 1 if claim.among else bool(claim.subject and claim.against)
@@ -235,7 +236,7 @@ def _checked(claim: Claim, at: str) -> Claim:
 
 
 def _numbers(entry: Any, file: str, named: dict[str, Any]) -> list[Claim]:
-    """The claims of a table: one per number."""
+    """Return the claims of a table: one per number."""
     at = f"{file}: {entry.get('id', 'table') if isinstance(entry, dict) else 'tables'}"
     text = "id! where! text! unit! direction! notebook! note dataset source"
     table = _fields(entry, at, text=text, count="n", mapping="columns! rows!")
@@ -271,7 +272,7 @@ def _numbers(entry: Any, file: str, named: dict[str, Any]) -> list[Claim]:
 
 
 def _named(row: str, column: Mapping[str, Any]) -> str:
-    """A row of the notebook's table: where a printed table has several runs in a row, the column adds a suffix."""
+    """Name a row of the notebook's table: where a printed table has several runs in a row, the column is a suffix."""
     return f"{row}.{column['suffix']}" if column["suffix"] else row
 
 
@@ -280,7 +281,7 @@ def _rates(rates: str | dict[str, str] | None, arms: tuple[str, ...]) -> dict[st
 
 
 def _statement(entry: Any, file: str, named: dict[str, Any], numbers: Mapping[str, Claim]) -> Claim:
-    """A claim written out; where it compares rows of a table, the rest comes from there."""
+    """Read a claim written out; where it compares rows of a table, the rest comes from there."""
     at = f"{file}: {entry.get('id', 'statement') if isinstance(entry, dict) else 'statements'}"
     text = "id! where! kind! text! metric unit direction notebook note table column subject source dataset fragile"
     number, texts = "expected spread", "against among"

@@ -30,7 +30,7 @@ _Judged = Mapping[tuple[str, str], Verdict]  # by claim id and preset
 
 
 def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str = "") -> str:
-    """What is decided, a claim a paragraph of at most 100 columns, then a count of the rest.
+    """Return what is decided, one paragraph per claim of at most 100 columns, then a count of the rest.
 
     Args:
         verdicts: In the order to print.
@@ -59,7 +59,7 @@ def _at(preset: str) -> str:
 
 
 def _short(detail: str) -> str:
-    """Why nothing is decided, in words that several claims share."""
+    """Say why nothing is decided, in words that several claims share."""
     if detail.startswith("the claim lists"):
         return ""
     return "the interval cannot tell" if "% interval)" in detail else detail
@@ -75,7 +75,7 @@ def _wrap(text: str, indent: str) -> str:
 
 
 def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row per verdict, for ``print(table(verdicts).to_string())``."""
+    """Return one row per verdict, for ``print(table(verdicts).to_string())``."""
     names = ["claim_id", "preset", "paper", "measured", "n", "status", "detail"]
     frame = pd.DataFrame([asdict(v) for v in verdicts], columns=[field.name for field in fields(Verdict)])[names]
     return frame.rename(columns={"claim_id": "claim", "status": "verdict"}).set_index("claim")
@@ -98,13 +98,13 @@ def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:
-    """All verdicts below a folder, by default ``report/verdicts``, in the order of the file names."""
+    """Read all verdicts below a folder, by default ``report/verdicts``, in the order of the file names."""
     files = sorted((folder or paths.report_dir() / "verdicts").rglob("*.json"))
     return [verdict for path in files for verdict in read_verdicts(path)]
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """The verdicts of one file; none if there is no such file."""
+    """Read the verdicts of one file; none if there is no such file."""
     if not path.exists():
         return []
     try:
@@ -114,7 +114,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
 
 
 def differences(here: Iterable[Verdict], there: Iterable[Verdict]) -> list[str]:
-    """A line per claim and preset that two machines, or two kernel paths of one, judge differently.
+    """Return a line per claim and preset that two machines, or two kernel paths of one, judge differently.
 
     Args:
         here: Verdicts of one.
@@ -134,7 +134,7 @@ def differences(here: Iterable[Verdict], there: Iterable[Verdict]) -> list[str]:
 
 
 def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None) -> str:
-    """Every paper's claims as Markdown: counts, then what is decided, table by table, and how many are not.
+    """Print every paper's claims as Markdown: counts, then what is decided, table by table, and how many are not.
 
     ``ValueError`` for a verdict that does not fit its claim any more, and for two different verdicts on one claim and
     preset. "Not run yet" marks a claim that lists a test for the preset and has no verdict.
@@ -159,7 +159,7 @@ def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None)
 
 
 def counts(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None) -> str:
-    """Nine rows, three scales of three papers, and a sentence on what has no scale."""
+    """Return one row per paper and scale, and a sentence on what has no scale."""
     judged = {(v.claim_id, v.preset): v for v in verdicts}
     papers = papers or available()
     text = [_row("paper", "scale", *SHOWN), _row("---", "---", *["---:"] * len(SHOWN))]
@@ -202,7 +202,7 @@ def _by_claim(verdicts: Iterable[Verdict]) -> _Judged:
 
 
 def _group(title: str, group: list[Claim], judged: _Judged) -> list[str]:
-    """One table or section of a paper: a row per decided claim, a line for the rest."""
+    """Return one table or section of a paper: a row per decided claim, a line for the rest."""
     shown, rest = [], Counter[tuple[str, str]]()
     for claim in group:
         for preset in (ANY,) if claim.scale_free else PRESETS:
@@ -239,7 +239,7 @@ def _row(*cells: str) -> str:
 
 
 def replace_block(readme: str, block: str) -> str:
-    """The text with what stands between the two scoreboard markers replaced; doing it twice changes nothing."""
+    """Replace what stands between the two scoreboard markers; doing it twice changes nothing."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ValueError(f"expected the markers {BEGIN} and {END} once each, in this order")
     before, rest = readme.split(BEGIN)

@@ -124,6 +124,7 @@ class Photographs:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Number, channels, height and width of the images."""
         return len(self), 3, self.size, self.size
 
     def __getitem__(self, index: Tensor) -> Photographs:

@@ -164,7 +164,7 @@ def _tokens(row: Text, text: str) -> Iterator[str]:
 
 
 def _parts(streams: list[Array]) -> list[list[Array]]:
-    """Training, validation and test part, each in one piece or more."""
+    """Return training, validation and test part, each in one piece or more."""
     if len(streams) > 2:
         return [streams[:-2], streams[-2:-1], streams[-1:]]
     first = streams[0]
@@ -174,7 +174,7 @@ def _parts(streams: list[Array]) -> list[list[Array]]:
 
 
 def _vocabulary(row: Text, counts: dict[str, int]) -> tuple[str, ...]:
-    """The known tokens in their final order, from how often the training part has each token of the whole text."""
+    """Return the known tokens in their final order, from their counts in the training part."""
     known = {token: count for token, count in counts.items() if count >= row.min_count}
     if len(known) < len(counts):
         known[UNKNOWN] = known.get(UNKNOWN, 0) + sum(counts.values()) - sum(known.values())

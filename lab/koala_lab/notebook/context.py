@@ -43,7 +43,7 @@ CUSTOM = "custom"  # the scale of a run whose parameters are those of no preset
 
 
 def _live_parameters(name: str, history: Sequence[str]) -> dict[str, Parameter]:
-    """The parameters cell last executed here; nbval keeps no history, so then the one in the file."""
+    """Return the parameters cell last executed here; nbval keeps no history, so then the one in the file."""
     for source in reversed(history):
         try:
             parameters = declared(source)
@@ -58,7 +58,7 @@ def _live_parameters(name: str, history: Sequence[str]) -> dict[str, Parameter]:
 
 
 def _injected_names(history: Sequence[str]) -> list[str]:
-    """What papermill's '# Parameters' cell assigns; these are the names a user gave."""
+    """Return what papermill's '# Parameters' cell assigns; these are the names a user gave."""
     for source in reversed(history):
         if source.startswith("# Parameters\n"):
             targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
@@ -67,7 +67,7 @@ def _injected_names(history: Sequence[str]) -> list[str]:
 
 
 def scale_of(name: str, values: Mapping[str, Any]) -> str:
-    """The preset whose parameters these are, every one of them but ``device``; else ``"custom"``.
+    """Return the preset whose parameters these are, every one of them but ``device``; else ``"custom"``.
 
     A verdict belongs to a preset only where the parameters are that preset's.
 
@@ -201,7 +201,7 @@ class Notebook:
         return results
 
     def stored(self, preset: str) -> Any:
-        """The table of the committed results of another preset; empty where there are none yet.
+        """Return the table of the committed results of another preset; empty where there are none yet.
 
         Rows get their names from the grid cell evaluated at that preset; results on another copy of the data are
         matched by configuration, and column ``data`` says so.
@@ -230,7 +230,7 @@ class Notebook:
             return declared_grid(path)
 
     def results(self, frame: pd.DataFrame) -> list[RunResult]:
-        """The runs of a table, each once, with what does not fit into it: provenance, pictures, epochs."""
+        """Return the runs of a table, each once, with what does not fit into it: provenance, pictures, epochs."""
         return [self._results[key] for key in dict.fromkeys(frame["key"])]
 
     def curves(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -240,13 +240,13 @@ class Notebook:
         return learning_curves(frame, self.results(frame))
 
     def summary(self, frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-        """Mean and standard deviation of metrics, and the number of runs, per data set and row."""
+        """Summarise metrics: mean and standard deviation, and the number of runs, per data set and row."""
         from koala_lab.runs import summary
 
         return summary(frame, metrics)
 
     def chosen(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The part of a table that has, per row and data set, the candidate with the best validation metric."""
+        """Return the part of a table that has, per row and data set, the candidate with the best validation metric."""
         from koala_lab.claims import chosen
 
         return chosen(frame)
@@ -279,7 +279,7 @@ class Notebook:
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
     def printed(self, metric: str) -> dict[str, float]:
-        """The paper's printed values of a metric by row, from the claims of this notebook, for figures."""
+        """Return the paper's printed values of a metric by row, from the claims of this notebook, for figures."""
         from koala_lab import claims
 
         mine = [c for c in claims.of(self.name) if c.row and c.metric == metric]
@@ -311,7 +311,7 @@ class Notebook:
         frame: pd.DataFrame | None = None,
         **evidence: Any,
     ) -> Verdict:
-        """`claims.judge` at this notebook's preset, or another for stored results; keeps the verdict.
+        """Call `claims.judge` at this notebook's preset, or another for stored results; keeps the verdict.
 
         Args:
             claim_id: The claim.

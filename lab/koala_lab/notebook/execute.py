@@ -75,7 +75,7 @@ def normal_form(notebook: NotebookNode) -> NotebookNode:
 
 
 def _tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without empty displays (a cleared progress line) and with split streams joined."""
+    """Return outputs without empty displays (a cleared progress line) and with split streams joined."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "display_data" and not any(output.data.values()):
@@ -95,7 +95,7 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 
 def parameters(path: Path, preset: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """What papermill is to inject: the preset's overrides and a command line's, checked against the notebook.
+    """Return what papermill is to inject: the preset's overrides and a command line's, checked against the notebook.
 
     Args:
         path: The notebook.

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def name_of(path: Path) -> str:
-    """``koala/20_table2`` for a notebook of the repository, the bare stem for any other."""
+    """Return ``koala/20_table2`` for a notebook of the repository, the bare stem for any other."""
     path, home = path.resolve(), paths.notebooks().resolve()
     return path.relative_to(home).with_suffix("").as_posix() if path.is_relative_to(home) else path.stem
 
 
 def all_notebooks() -> dict[str, Path]:
-    """Every notebook of the repository by name, in reading order: those whose file name begins with two digits."""
+    """Return the notebooks by name, in reading order: all files whose name begins with two digits."""
     found = (p for p in paths.notebooks().rglob("[0-9][0-9]_*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     return {name_of(p): p for p in sorted(found) if not p.name.endswith(".failed.ipynb")}
 
 
 def title_of(path: Path) -> str:
-    """The heading of a notebook's first cell, without the mark."""
+    """Return the heading of a notebook's first cell, without the mark."""
     import nbformat
 
     first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def title_of(path: Path) -> str:
 
 
 def paper_item(path: Path) -> str:
-    """What of its paper a notebook is about, as the line "Paper item." of its first cell says; empty without one."""
+    """Return the table, figure or section that a notebook reproduces (its line "Paper item."), or ""."""
     import nbformat
 
     first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ def paper_item(path: Path) -> str:
 
 
 def tagged_source(path: Path, tag: str) -> str | None:
-    """Source of the one code cell with a tag; ``None`` without one, an error with several."""
+    """Return the source of the one code cell with a tag; ``None`` without one, an error with several."""
     import nbformat
 
     cells = nbformat.read(path, as_version=4).cells  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ def tagged_source(path: Path, tag: str) -> str | None:
 
 
 def declared_in(path: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook file."""
+    """Return the parameters of a notebook file."""
     source = tagged_source(path, "parameters")
     if source is None:
         raise ValueError(f"{path}: no cell is tagged 'parameters'")
@@ -67,12 +67,12 @@ def declared_in(path: Path) -> dict[str, Parameter]:
 
 
 def preset_file(name: str, preset: str) -> Path:
-    """Where the overrides of a larger preset are written down."""
+    """Return where the overrides of a larger preset are written down."""
     return paths.presets() / preset / f"{name}.yaml"
 
 
 def overrides(path: Path, preset: str) -> dict[str, Any]:
-    """What a preset changes in a notebook: nothing for quick, else the content of its YAML file.
+    """Return what a preset changes in a notebook: nothing for quick, else the content of its YAML file.
 
     Raises:
         ValueError: For an unknown preset, a preset the notebook does not have, or a file that is no mapping
@@ -107,7 +107,7 @@ class Declared(NamedTuple):
 
 
 def declared_grid(path: Path, preset: str = "quick") -> Declared | None:
-    """What the cell tagged ``grid`` declares at a preset, found without a kernel; ``None`` for no such cell.
+    """Return what the cell tagged ``grid`` declares at a preset, found without a kernel; ``None`` for no such cell.
 
     Executes the parameters cell, the preset's overrides and that cell, which assigns ``grid``, and perhaps ``pilot``,
     from the parameters alone.
@@ -123,13 +123,13 @@ def declared_grid(path: Path, preset: str = "quick") -> Declared | None:
 
 
 def seeds_of(parameters: Mapping[str, Any]) -> range:
-    """The seeds that all rows share, from the parameters ``seed`` and ``n_seeds``."""
+    """Return the seeds that all rows share, from the parameters ``seed`` and ``n_seeds``."""
     first = parameters.get("seed", 0)
     return range(first, first + parameters.get("n_seeds", 1))
 
 
 def grid_of(path: Path, preset: str = "quick") -> list[RunConfig]:
-    """The runs that a notebook asks for, seeds outermost; empty for a notebook that trains nothing.
+    """Return the runs that a notebook asks for, seeds outermost; empty for a notebook that trains nothing.
 
     Args:
         path: The notebook.

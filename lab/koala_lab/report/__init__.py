@@ -44,7 +44,7 @@ processor flips.
 
 
 def scoreboard() -> str:
-    """The scoreboard of all verdicts in the report folder, as Markdown."""
+    """Return the scoreboard of all verdicts in the report folder, as Markdown."""
     return claims.scoreboard(claims.saved())
 
 
@@ -65,18 +65,18 @@ def build() -> Path:
 
 
 def _table() -> str:
-    """The scoreboard as HTML, its cells in the colour of their verdict."""
+    """Return the scoreboard as HTML, its cells in the colour of their verdict."""
     table = str(mistune.create_markdown(escape=False, plugins=["table"])(scoreboard()))
     return re.sub(r"<td([^>]*)>(reproduced|mixed|contradicted)\b", r'<td\1 class="\2">\2', table)
 
 
 def committed() -> Path:
-    """Where the verdicts that the repository shows are committed."""
+    """Return where the verdicts that the repository shows are committed."""
     return paths.results_dir() / "verdicts.json"
 
 
 def differences(folder: Path | None = None) -> list[str]:
-    """Where the verdicts in the report folder differ from those below another one, or from the committed ones.
+    """Return where the verdicts in the report folder differ from those below another one, or from the committed ones.
 
     Args:
         folder: Such as the ``verdicts`` of a report that was made under another kernel path.
@@ -91,7 +91,7 @@ def _differences() -> str:
 
 
 def _notebooks(folder: Path) -> str:
-    """A line a notebook of the repository: a link where it was executed, a word where it failed or is missing."""
+    """Return one list item per notebook: a link if it ran, otherwise "failed" or "not executed"."""
     lines = []
     for name, file in nb.all_notebooks().items():
         title = html.escape(nb.title_of(file))
@@ -107,7 +107,7 @@ def _notebooks(folder: Path) -> str:
 
 
 def _figures(folder: Path) -> str:
-    """Every figure with its notebook and its number of runs, from the sidecars."""
+    """Return every figure with its notebook and its number of runs, from the sidecars."""
     blocks = []
     for sidecar in sorted(paths.figures_dir().rglob("*.json")):
         origin = json.loads(sidecar.read_text(encoding="utf-8"))

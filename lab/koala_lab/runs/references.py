@@ -16,12 +16,12 @@ from koala_lab.files import write_json
 
 
 def key_of(config: RunConfig) -> str:
-    """The key of the reference that a run has to beat."""
+    """Return the key of the reference that a run has to beat."""
     return references.key(config.task, config.dataset, config.train_size, dict(config.task_args))
 
 
 def measure(config: RunConfig) -> Reference:
-    """The reference for the data of a configuration, through its task, so that both see the same samples."""
+    """Measure the reference for the data of a configuration, through its task, so that both see the same samples."""
     torch.manual_seed(0)
     return _MEASURES[config.task](tasks.create(config, torch.device("cpu")))
 

@@ -34,7 +34,7 @@ class Store:
         self._committed: dict[str, RunResult] | None = None
 
     def get(self, key: str) -> RunResult | None:
-        """The finished run of that key, from the store or from the committed results; ``None`` if there is none."""
+        """Return the finished run of that key, from the store or the committed results; ``None`` if there is none."""
         path = self.root / key / "run.json"
         if path.exists():
             try:
@@ -56,6 +56,7 @@ class Store:
         self.checkpoint(result.key).unlink(missing_ok=True)
 
     def checkpoint(self, key: str) -> Path:
+        """Return where the run of that key keeps its checkpoint."""
         return self.root / key / "checkpoint.pt"
 
     @contextmanager
@@ -67,7 +68,7 @@ class Store:
             yield
 
     def busy(self, key: str) -> bool:
-        """Whether somebody holds the run at this moment."""
+        """Say whether somebody holds the run at this moment."""
         folder = self.root / key
         try:
             with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
@@ -76,11 +77,12 @@ class Store:
             return True
 
     def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
-        """The run of a configuration: found, or continued from its checkpoint, or trained.
+        """Return the result of a configuration: found, or continued from its checkpoint, or trained.
 
         Args:
             config: what to train.
-            on_step: see :func:`koala_lab.runs.training.train`, as are ``options``.
+            on_step: see :func:`koala_lab.runs.training.train`.
+            **options: see there, too.
         """
         key = config.key
         if (result := self.get(key)) is not None:
@@ -121,12 +123,12 @@ def run_all(
 
 
 def results_file(preset: str, notebook: str) -> Path:
-    """Where the results of a notebook at a preset are committed."""
+    """Return where the results of a notebook at a preset are committed."""
     return paths.results_dir() / preset / f"{notebook}.json"
 
 
 def read_results(file: Path) -> list[RunResult]:
-    """The runs of one committed file; none if there is no such file."""
+    """Read the runs of one committed file; none if there is no such file."""
     if not file.exists():
         return []
     try:

@@ -23,7 +23,7 @@ FIRST = ["row", "dataset", "model", "seed", "candidate", "key", "status"]  # col
 
 
 def expand(grid: Grid, seeds: Sequence[int], pilot: Grid | None = None) -> list[RunConfig]:
-    """The runs of a grid in the order in which they are trained: all rows of a seed before the next seed.
+    """Return the runs of a grid in the order in which they are trained: all rows of a seed before the next seed.
 
     Args:
         grid: One configuration or several per row: data sets, candidate rates.
@@ -138,7 +138,7 @@ def learning_curves(frame: pd.DataFrame, results: Iterable[RunResult]) -> pd.Dat
 
 
 def summary(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean, standard deviation and number of finished runs per data set and row.
+    """Return mean, standard deviation and number of finished runs per data set and row.
 
     Args:
         frame: Of :func:`frame`, or a part of one.
@@ -172,7 +172,7 @@ def _columns(result: RunResult) -> dict[str, Any]:
 
 
 def table(results: Iterable[RunResult]) -> pd.DataFrame:
-    """One row per run: its configuration (optimizer arguments as columns), status and final metrics (NaN if failed)."""
+    """Return one row per run: configuration (optimizer arguments as columns), status, final metrics (NaN if failed)."""
     import pandas as pd
 
     return pd.DataFrame([_columns(r) | r.final for r in results])

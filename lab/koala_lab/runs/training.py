@@ -52,6 +52,7 @@ class RunResult:
         return dict(self.epochs[-1]) if self.status == "done" else {}
 
     def to_json(self) -> dict[str, Any]:
+        """Return what is stored of the run."""
         record = {
             "key": self.key,
             "config": self.config.to_dict(),
@@ -64,6 +65,7 @@ class RunResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunResult:
+        """Return the result that :meth:`to_json` wrote."""
         return cls(
             key=record["key"],
             config=RunConfig.from_dict(record["config"]),
@@ -161,7 +163,7 @@ class TrainingRun:
         return epoch, changes
 
     def begin_epoch(self) -> None:
-        """Also called in the middle of an epoch, by a run that goes on from a checkpoint."""
+        """Begin an epoch, or go on with it: also called by a run that continues from a checkpoint."""
         self.task.network.train()
         if self.epoch == self.switch[0]:
             for optimizer in self.optimizers.values():
@@ -182,7 +184,7 @@ class TrainingRun:
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """The learning rate of a step of the warm-up; afterwards the schedule's is there again."""
+        """Yield the learning rate of a step of the warm-up; afterwards the schedule's is there again."""
         steps, start = self.config.warmup_steps, self.config.warmup_init_lr
         if self.steps_done >= steps:
             yield
@@ -278,7 +280,7 @@ def _scheduler(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.opt
 
 
 class _Average:
-    """Stochastic weight averaging: the mean of the weights at the end of epochs ``start``, ``start + every``, …"""
+    """Stochastic weight averaging: the mean of the weights at the end of every ``every``-th epoch from ``start`` on."""
 
     def __init__(self, network: nn.Module, epochs: int, *, start: int, every: int = 1) -> None:
         if not (1 <= start <= epochs and every >= 1):

@@ -26,8 +26,9 @@ CHUNK = 500  # test images at a time; with 1000 small ResNets take half as long 
 
 
 class Classification(Task):
-    """Cross-entropy on images and labels. The data set lies on the device and is augmented there,
-    unless it is photographs.
+    """Cross-entropy on images and labels.
+
+    The data set lies on the device and is augmented there, unless it is photographs.
 
     Test metrics are ``test_loss`` (nats), ``test_error`` and ``test_error_top5`` (%); with a validation set the same
     with ``validation_`` come after them.

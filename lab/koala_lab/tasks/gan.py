@@ -149,7 +149,7 @@ class Gan(Task):
 
     @torch.no_grad()
     def pictures(self) -> dict[str, str]:
-        """``"samples"``: 2 rows of 8 images, from the same noise in every run."""
+        """Return ``"samples"``: 2 rows of 8 images, from the same noise in every run."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(16, self.network.latent, generator=generator).to(self.device)
         images = pad(self.network.eval()(noise).cpu(), (0, 1, 0, 1), value=1.0)  # a white line between them
@@ -174,7 +174,7 @@ def _check(config: RunConfig, loss: str, features: str, samples: int) -> None:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Weights as constants, so that no gradient of theirs is computed."""
+    """Yield weights as constants, so that no gradient of theirs is computed."""
     module.requires_grad_(False)
     try:
         yield
@@ -199,7 +199,7 @@ def gaussian(features: Tensor) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    r"""Squared Fréchet (2-Wasserstein) distance of two Gaussians, the "FID" of Heusel et al. (NeurIPS 2017, eq. 6).
+    r"""Return the squared Fréchet distance of two Gaussians, the "FID" of Heusel et al. (NeurIPS 2017, eq. 6).
 
     .. math:: d^2 = |m_a - m_b|^2 + \mathrm{tr}\big(C_a + C_b - 2 (C_a C_b)^{1/2}\big)
 

@@ -215,12 +215,12 @@ class Minibatch(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
-        """y (runs,)."""
+        """Minibatch loss y (runs,)."""
         return self.losses.mean(1)
 
     @property
     def gradient(self) -> Tensor:
-        """g (runs, n)."""
+        """Minibatch gradient g (runs, n)."""
         return self.gradients.mean(1)
 
     def average(self, before: Tensor, value: Tensor) -> Tensor:
@@ -239,14 +239,14 @@ class Belief(NamedTuple):
 
 
 def _along(covariance: Tensor, direction: Tensor) -> Tensor:
-    """v^T P v (runs,) of directions v (runs, n), for P (n, n) or P = p I with p (runs,)."""
+    """Return v^T P v (runs,) of directions v (runs, n), for P (n, n) or P = p I with p (runs,)."""
     if covariance.dim() == 1:
         return covariance * (direction * direction).sum(1)
     return (direction @ covariance * direction).sum(1)
 
 
 def _filter_value(batch: Minibatch, before: Belief, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """u and s by the function-value filter (16) and (20)."""
+    """Return u and s by the function-value filter (16) and (20)."""
     d, zero = batch.moved, torch.zeros_like(before.value)
     slope, curvature = (before.gradient * d).sum(1), (d @ batch.problem.hessian * d).sum(1)
     along = _along(before.covariance, d)
@@ -256,7 +256,7 @@ def _filter_value(batch: Minibatch, before: Belief, noise: Tensor) -> tuple[Tens
 
 
 def _full(batch: Minibatch, before: Belief | None) -> Belief:
-    """grad f: gradient descent."""
+    """Return grad f: gradient descent."""
     zero = torch.zeros_like(batch.loss)
     return Belief(batch.problem.gradient(batch.theta), torch.zeros_like(batch.problem.hessian), zero, zero)
 
@@ -269,13 +269,13 @@ def _sample(batch: Minibatch, before: Belief | None) -> Belief:
 
 
 def _momentum(batch: Minibatch, before: Belief | None) -> Belief:
-    """0.9 m + 0.1 g from m = 0: momentum SGD with the rate alpha / 10, so that alpha means the same."""
+    """Return 0.9 m + 0.1 g from m = 0: momentum SGD with the rate alpha / 10, so that alpha means the same."""
     average = torch.zeros_like(batch.theta) if before is None else before.gradient
     return _sample(batch, before)._replace(gradient=torch.lerp(batch.gradient, average, 0.9))
 
 
 def _filtered(batch: Minibatch, before: Belief | None) -> Belief:
-    """m_t of MEKA by (15), from m_0 = g_0, P_0 = Sigma, with all covariances known and full."""
+    """Return m_t of MEKA by (15), from m_0 = g_0, P_0 = Sigma, with all covariances known and full."""
     seen = _sample(batch, before)
     if before is None:
         return seen
@@ -286,7 +286,7 @@ def _filtered(batch: Minibatch, before: Belief | None) -> Belief:
 
 
 def _measured(batch: Minibatch, before: Belief | None) -> Belief:
-    """m_t of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the minibatch."""
+    """Return m_t of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the minibatch."""
     if before is None:
         zero = torch.zeros_like(batch.loss)
         before = Belief(torch.zeros_like(batch.theta), zero + 1e4, zero, zero + 1e4, (zero, zero))

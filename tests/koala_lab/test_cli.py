@@ -226,14 +226,14 @@ def test_the_report_names_every_notebook_and_shows_every_figure(
     executed.mkdir(parents=True)
     (executed / "10_done.html").touch()
     (executed / "11_failed.failed.ipynb").touch()
-    paths.figures_dir().mkdir()
-    sidecar = {"figure": "koala_f", "notebook": "koala/10_done", "runs": ["a", "b"]}
-    (paths.figures_dir() / "koala_f.json").write_text(json.dumps(sidecar))
+    (paths.figures_dir() / "koala").mkdir(parents=True)
+    sidecar = {"figure": "f", "notebook": "koala/10_done", "runs": ["a", "b"]}
+    (paths.figures_dir() / "koala" / "f.json").write_text(json.dumps(sidecar))
     page = build().read_text()
     assert '<a href="notebooks/koala/10_done.html">koala/10_done</a>: ' in page
     assert 'koala/11_failed: <span class="failed">failed</span>' in page
     assert "koala/12_missing: not executed" in page
-    assert '<img src="figures/koala_f.png" alt="koala_f">' in page
+    assert '<img src="figures/koala/f.png" alt="koala/f">' in page
     assert "2 runs" in page
     assert "<table>" in page
     assert "not run yet" in page

@@ -360,7 +360,7 @@ def _show(section: str, rows: list[Row]) -> None:
         if apart := bench_fused.unshared(rows):
             print("\nms that threads do not share\n" + pd.DataFrame(apart).round(1).to_string(index=False))
         origin = {"notebook": "koala/27_cost", "preset": "desktop", "runs": []}  # which shows the same figure
-        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala_cost_compiled", origin))
+        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala" / "cost_compiled", origin))
     for row in rows if section == "training_step" else ():
         if row["optimizer"] in bench_fused.FUSED:
             over, limit = row["overhead_percent"], bench_fused.OVERHEAD

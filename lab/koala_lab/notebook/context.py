@@ -258,7 +258,7 @@ class Notebook:
 
         Args:
             fig: A matplotlib figure; it is closed.
-            name: File name without suffix.
+            name: File name without suffix; the paper is the folder, and is taken off the name.
             runs: The table or the results that it is drawn from; their keys go into the sidecar.
         """
         from IPython.display import Image, display
@@ -273,7 +273,9 @@ class Notebook:
             "versions": plots.versions(),
         }
         folder = self._folder() / "figures" if self.scale == CUSTOM else paths.figures_dir()
-        png = plots.save(fig, folder / name, origin)
+        paper = self.name.rpartition("/")[0]
+        name = name.removeprefix(f"{paper}_")
+        png = plots.save(fig, folder / paper / name, origin)
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
     def printed(self, metric: str) -> dict[str, float]:

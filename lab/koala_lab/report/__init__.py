@@ -115,10 +115,10 @@ def _figures(folder: Path) -> str:
             continue
         stem = html.escape(Path(os.path.relpath(sidecar.with_suffix(""), folder)).as_posix())
         name, runs = html.escape(origin["notebook"]), len(origin["runs"])
-        caption = f'{html.escape(origin["figure"])} (<a href="{stem}.pdf">PDF</a>), from '
+        title = html.escape(sidecar.relative_to(paths.figures_dir()).with_suffix("").as_posix())
+        caption = f'{title} (<a href="{stem}.pdf">PDF</a>), from '
         caption += f'<a href="notebooks/{name}.html">{name}</a>' + (f", {runs} runs" if runs else "")
-        alt = html.escape(origin["figure"])
-        blocks.append(f'<figure><img src="{stem}.png" alt="{alt}"><figcaption>{caption}</figcaption></figure>')
+        blocks.append(f'<figure><img src="{stem}.png" alt="{title}"><figcaption>{caption}</figcaption></figure>')
     return "\n".join(blocks) or "<p>No figure has been drawn yet.</p>"
 
 

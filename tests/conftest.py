@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from koala_lab import paths
-from koala_lib.optim import apollo, koala
-from koala_lib.optim._engine import compiled as _fused
-from koala_lib.optim._engine import lists as _lists
-from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim import apollo
+from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.sandbox import Project
 
 
@@ -66,11 +65,12 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing compiled before the test, and nothing left behind; tensors of twelve elements are long."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(Pass, "compiler_works", None)
-    for module in (_lists, _fused):
-        monkeypatch.setattr(module, "LONG", 12)
-    for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
-        monkeypatch.setattr(step, "_compiled", None)
+    monkeypatch.setattr(CompiledPass, "compiler_works", None)
+    monkeypatch.setattr(compiled, "MIN_COMPILED", 12)
+    monkeypatch.setattr(compiled, "MIN_COMPILED_LIST", 12)
+    for step in (each for module in (passes, apollo) for each in vars(module).values()):
+        if isinstance(step, CompiledPass):
+            monkeypatch.setattr(step, "_compiled", None)
 
 
 @pytest.fixture

@@ -49,9 +49,9 @@ def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str
     for (at, status, why), count in rest.items():
         if count:
             texts.append(_wrap(f"{_at(at)}: {count} {status}{': ' + why if why else ''}", ""))
-    if claims:
+    if preset:
         texts.append(f"{len(claims)} claims in all")
-    return "\n".join(texts) or "nothing judged"
+    return "\n".join(texts) or "nothing judged yet"
 
 
 def _at(preset: str) -> str:

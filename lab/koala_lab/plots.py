@@ -305,8 +305,9 @@ def _dots(
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
         inside, beyond = values[values <= end], values[values > end]
         ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
-        ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
-        if not len(beyond):
+        if len(beyond):  # an empty line that is not clipped would disturb the layout
+            ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
+        else:
             mean, half = interval(values)
             ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
     if limit is not None:

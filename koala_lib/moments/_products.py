@@ -29,12 +29,15 @@ class Moments(NamedTuple):
 
     sums: Pair  # sum_i G_i and sum_i H_i, in the shape of the parameter
     squares: Pair  # sum_i |G_i|^2 and sum_i |H_i|^2, float64 scalars
+    curvatures: Tensor | None  # <D, H_i> for the parameter's part D of the direction, (B,)
 
 
 class Spread(NamedTuple):
     """Mean gradient and Hessian-vector product of B samples, and how far the samples scatter about them."""
 
     losses: Tensor  # (B,)
+    slopes: Tensor | None  # of the losses along the direction, whatever the parameters; (B,)
+    curvatures: Tensor | None  # (B,), what the parameters of this spread contribute
     gradient: dict[str, Tensor]  # by name of the parameter
     gradient_scatter: Tensor | float  # sum_i |G_i - G|^2
     hvp: dict[str, Tensor]
@@ -67,6 +70,11 @@ def pair(x: Tensor) -> Pair:
     return dual.primal, dual.tangent
 
 
+def tangent(x: Tensor | None) -> Tensor | None:
+    """The tangent of a dual tensor, ``None`` for any other."""
+    return None if x is None else pair(x)[1]
+
+
 def dual(value: Tensor, tangent: Tensor | None) -> Tensor:
     return value if tangent is None else make_dual(value, tangent)  # type: ignore[no-untyped-call]
 
@@ -76,12 +84,19 @@ def both(function: Callable[[Tensor], Tensor], x: Pair) -> Pair:
     return function(x[0]), None if x[1] is None else function(x[1])
 
 
-def vector_moments(per_sample: Pair) -> Moments:
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products of the samples, (B,)."""
+    return (x * y).flatten(1).sum(1)
+
+
+def vector_moments(per_sample: Pair, direction: Tensor | None) -> Moments:
     """Moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
-    return Moments(both(lambda x: x.sum(0), per_sample), both(square_sum, per_sample))
+    second = per_sample[1]
+    curvatures = None if second is None or direction is None else second.flatten(1) @ direction.flatten()
+    return Moments(both(lambda x: x.sum(0), per_sample), both(square_sum, per_sample), curvatures)
 
 
-def product_moments(a: Pair, g: Pair) -> Moments:
+def product_moments(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
     """Moments of a matrix with per-sample gradient G_i = sum_t g_it a_it^T, so H_i = sum_t g'_it a_it^T + g_it a'_it^T.
 
     Parameters
@@ -90,6 +105,8 @@ def product_moments(a: Pair, g: Pair) -> Moments:
         Inputs of the layer, (B, groups, T positions, K), and their tangents.
     g
         Gradients of the loss with respect to its outputs, (B, groups, T, O), and their tangents.
+    direction
+        The weight's own tangent, (groups, O, K).
 
     Returns
     -------
@@ -102,7 +119,7 @@ def product_moments(a: Pair, g: Pair) -> Moments:
     room for it. With one position, as in a linear layer on vectors, it is a product of two norms.
     """
     sizes = (*a[0].shape[1:], g[0].shape[3])
-    return _by_gram(a, g) if _gram_is_cheaper(*sizes) else _explicit(a, g)
+    return (_by_gram if _gram_is_cheaper(*sizes) else _explicit)(a, g, direction)
 
 
 def in_chunks(function: Callable[[Pair, Pair], Moments], a: Pair, g: Pair, sizes: tuple[int, int, int, int]) -> Moments:
@@ -125,10 +142,11 @@ def _plus(x: Moments, y: Moments) -> Moments:
     def add(x: Pair, y: Pair) -> Pair:
         return x[0] + y[0], None if x[1] is None or y[1] is None else x[1] + y[1]
 
-    return Moments(add(x.sums, y.sums), add(x.squares, y.squares))
+    curvatures = None if x.curvatures is None or y.curvatures is None else torch.cat([x.curvatures, y.curvatures])
+    return Moments(add(x.sums, y.sums), add(x.squares, y.squares), curvatures)
 
 
-def _explicit(a: Pair, g: Pair) -> Moments:
+def _explicit(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
     (a0, a1), (g0, g1) = (_merged(*a), _merged(*g))
     shape = (*a[0].shape[:2], g0.shape[-1], a0.shape[-1])
     products = torch.bmm(g0.mT, a0)
@@ -136,7 +154,9 @@ def _explicit(a: Pair, g: Pair) -> Moments:
     if a1 is not None:
         products1 = torch.bmm(g0.mT, a1) if products1 is None else products1.baddbmm_(g0.mT, a1)
     whole = products, products1
-    return Moments(both(lambda x: x.view(shape).sum(0), whole), both(square_sum, whole))
+    moving = products1 is not None and direction is not None
+    curvatures = products1.view(shape[0], -1) @ direction.flatten() if moving else None  # type: ignore[union-attr]
+    return Moments(both(lambda x: x.view(shape).sum(0), whole), both(square_sum, whole), curvatures)
 
 
 def _merged(x: Tensor, tangent: Tensor | None) -> Pair:
@@ -144,7 +164,7 @@ def _merged(x: Tensor, tangent: Tensor | None) -> Pair:
     return x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
 
 
-def _by_gram(a: Pair, g: Pair) -> Moments:
+def _by_gram(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
     (a0, a1), (g0, g1) = a, g
     aa, gg = _gram(a0, a0), _gram(g0, g0)
     sums1 = None if g1 is None else _sum_of_products(a0, g1)
@@ -155,7 +175,9 @@ def _by_gram(a: Pair, g: Pair) -> Moments:
         squares1 = more_squares if squares1 is None else squares1 + more_squares
         if g1 is not None:  # the mixed products of g'_t a_t^T and g_s a'_s^T, twice
             squares1 = squares1 + 2 * _total(_gram(a0, a1) * _gram(g1, g0))
-    return Moments((_sum_of_products(a0, g0), sums1), (_total(aa * gg), squares1))
+    moved = [(g, x) for g, x in ((g1, a0), (g0, a1)) if g is not None and x is not None and direction is not None]
+    curvatures = [dots(g, x @ direction.mT) for g, x in moved]  # type: ignore[union-attr]
+    return Moments((_sum_of_products(a0, g0), sums1), (_total(aa * gg), squares1), sum(curvatures) if moved else None)
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

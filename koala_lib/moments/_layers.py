@@ -265,19 +265,19 @@ class LayerNorm(Layer):
         eps: float = 1e-5,
     ) -> None:
         super().__init__(input, weight, bias)
-        self.shape, self.eps = tuple(normalized_shape), eps
+        self.normalized, self.eps = tuple(normalized_shape), eps
 
     def fits(self, samples: int) -> bool:
-        return self.input.dim() > len(self.shape) and super().fits(samples)
+        return self.input.dim() > len(self.normalized) and super().fits(samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
-        return self._moments(grad * functional.layer_norm(self.input, self.shape, eps=self.eps), self.weight)
+        return self._moments(grad * functional.layer_norm(self.input, self.normalized, eps=self.eps), self.weight)
 
     def bias_moments(self, grad: Tensor) -> Moments:
         return self._moments(grad, self.bias)
 
     def _moments(self, grad: Tensor, parameter: Tensor | None) -> Moments:
-        return vector_moments(both(lambda g: g.reshape(len(g), -1, *self.shape).sum(1), pair(grad)), tangent(parameter))
+        return vector_moments(both(lambda g: g.reshape(len(g), -1, *self.normalized).sum(1), pair(grad)), tangent(parameter))
 
     def push(self, *tangents: Tangent) -> Bent:
         there = [i for i, t in enumerate(self.tensors) if t is not None]
@@ -287,7 +287,7 @@ class LayerNorm(Layer):
 
     def _composed(self, x: Tensor, *rest: Tensor) -> Tensor:
         """The norm in elementary operations: torch's own loses terms of the second derivative in forward mode."""
-        over = tuple(range(-len(self.shape), 0))
+        over = tuple(range(-len(self.normalized), 0))
         x = x - x.mean(over, keepdim=True)
         x = x * (x.square().mean(over, keepdim=True) + self.eps).rsqrt()
         parameters = iter(rest)

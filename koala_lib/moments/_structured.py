@@ -52,7 +52,8 @@ class _Recorder(TorchFunctionMode):
                 setattr(result, _OF_SAMPLES, True)
         if entry is not None:
             assert self.tape is not None
-            self.tape.record(entry, results, of_samples and in_front(results[0], self.samples))
+            in_order = in_front(results[0], self.samples) if layer is None else layer.fits(self.samples)
+            self.tape.record(entry, results, of_samples and in_order)
         used = {self.names[id(t)] for t in tensors if id(t) in self.names}
         if used and layer is not None and hasattr(layer.input, _OF_SAMPLES) and layer.fits(self.samples):
             self._follow(layer, results[0])

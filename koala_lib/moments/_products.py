@@ -86,13 +86,13 @@ def both(function: Callable[[Tensor], Tensor], x: Pair) -> Pair:
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """Inner products of the samples, (B,)."""
-    return (x * y).flatten(1).sum(1)
+    return (x * y).reshape(len(x), -1).sum(1)
 
 
 def vector_moments(per_sample: Pair, direction: Tensor | None) -> Moments:
     """Moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
     second = per_sample[1]
-    curvatures = None if second is None or direction is None else second.flatten(1) @ direction.flatten()
+    curvatures = None if second is None or direction is None else second.reshape(len(second), -1) @ direction.flatten()
     return Moments(both(lambda x: x.sum(0), per_sample), both(square_sum, per_sample), curvatures)
 
 

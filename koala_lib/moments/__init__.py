@@ -193,7 +193,7 @@ def _observe(
     if direction is not None:
         _check_direction(model, trainable, direction)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode rule
-        parts = _spreads(model, loss_fn, inputs, targets, direction, method, list(trainable), tape)
+        parts = _spreads(model, loss_fn, inputs, targets, direction, method, trainable, tape)
     losses = parts[0].losses
     size = sum(p.numel() for p in trainable.values()) * (len(losses) - 1)
 
@@ -226,23 +226,24 @@ def _spreads(
     targets: Tensor,
     direction: Mapping[str, Tensor] | None,
     method: str,
-    names: list[str],
+    trainable: Mapping[str, Tensor],
     tape: Tape | None,
 ) -> list[Spread]:
     """Every parameter is in one of them."""
+    problem = model, loss_fn, inputs, targets, direction, trainable
     if method == "vmap":
         if tape is not None:
             tape.known = False
-        return [_vmap.run(model, loss_fn, inputs, targets, direction, names)]
+        return [_vmap.run(*problem, list(trainable))]
     try:
-        spread, unknown = _structured.run(model, loss_fn, inputs, targets, direction, tape)
+        spread, unknown = _structured.run(*problem, tape)
     except NotImplementedError:  # what torch raises for an operation without a forward-mode rule
         if method == "structured":
             raise
-        return _spreads(model, loss_fn, inputs, targets, direction, "vmap", names, tape)
+        return _spreads(model, loss_fn, inputs, targets, direction, "vmap", trainable, tape)
     if not unknown:
         return [spread]
-    return [spread, _vmap.run(model, loss_fn, inputs, targets, direction, [n for n in names if n in unknown])]
+    return [spread, _vmap.run(*problem, [n for n in trainable if n in unknown])]
 
 
 def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> None:

@@ -29,6 +29,7 @@ from koala_lib.moments._products import (
     dots,
     tangent,
     vector_moments,
+    vector_product_moments,
 )
 from koala_lib.moments._tangents import Bent, Call, Tangent, UnknownCallError, second_order
 
@@ -48,6 +49,7 @@ class Layer(Call):
     """One call of a layer: how to run it, whether its rule fits, the moments of its parameters, and its tangent."""
 
     needs_grad = True
+    whole = False  # whether the moments of both parameters are asked for
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
         super().__init__([input, weight, bias])
@@ -73,6 +75,17 @@ class Linear(Layer):
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(input, weight, bias)
+        self.own: Tensor | None = None  # W' a + b' where it is at hand: the output's tangent if the input has none
+
+    def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        out = super().run(function, args, kwargs)
+        moved = tangent(out) if self.input.dim() == 2 and tangent(self.input) is None else None
+        self.own = None if moved is None else moved.clone()  # the output may be changed in place
+        return out
+
+    def release(self) -> None:
+        super().release()
+        self.own = None
 
     def fits(self, samples: int) -> bool:
         weight = self.weight
@@ -81,14 +94,28 @@ class Linear(Layer):
         return plain and self.input.dim() > 1 and super().fits(samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
-        a, g = (both(lambda x: x.reshape(len(x), 1, -1, x.shape[-1]), pair(x)) for x in (self.input, grad))
         direction = tangent(self.weight)
+        if self._at_once:
+            (_, g1), own = pair(grad), self.own
+            moments = vector_product_moments(pair(self.input), pair(grad), None)
+            return moments._replace(curvatures=None if g1 is None or own is None else dots(g1, own))
+        if self.input.dim() == 2:
+            return vector_product_moments(pair(self.input), pair(grad), direction)
+        a, g = (both(lambda x: x.reshape(len(x), 1, -1, x.shape[-1]), pair(x)) for x in (self.input, grad))
         direction = None if direction is None else direction.unsqueeze(0)
         moments = in_chunks(partial(product_moments, direction=direction), a, g, (*a[0].shape[1:], g[0].shape[3]))
         return moments._replace(sums=both(lambda x: x.squeeze(0), moments.sums))
 
     def bias_moments(self, grad: Tensor) -> Moments:
-        return vector_moments(both(lambda g: g.reshape(len(g), -1, g.shape[-1]).sum(1), pair(grad)), tangent(self.bias))
+        direction = None if self._at_once else tangent(self.bias)
+        if grad.dim() == 2:
+            return vector_moments(pair(grad), direction)
+        return vector_moments(both(lambda g: g.reshape(len(g), -1, g.shape[-1]).sum(1), pair(grad)), direction)
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether the curvatures of weight and bias are one inner product, booked under the weight."""
+        return self.whole and self.own is not None
 
     def push(self, *tangents: Tangent) -> Bent:
         a1, w1, b1 = tangents

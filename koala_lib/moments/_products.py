@@ -175,9 +175,43 @@ def _by_gram(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
         squares1 = more_squares if squares1 is None else squares1 + more_squares
         if g1 is not None:  # the mixed products of g'_t a_t^T and g_s a'_s^T, twice
             squares1 = squares1 + 2 * _total(_gram(a0, a1) * _gram(g1, g0))
-    moved = [(g, x) for g, x in ((g1, a0), (g0, a1)) if g is not None and x is not None and direction is not None]
-    curvatures = [dots(g, x @ direction.mT) for g, x in moved]  # type: ignore[union-attr]
-    return Moments((_sum_of_products(a0, g0), sums1), (_total(aa * gg), squares1), sum(curvatures) if moved else None)
+    curvatures = None
+    if direction is not None:
+        moved = [dots(g, _map(x, direction)) for g, x in ((g1, a0), (g0, a1)) if g is not None and x is not None]
+        curvatures = sum(moved[1:], moved[0]) if moved else None
+    return Moments((_sum_of_products(a0, g0), sums1), (_total(aa * gg), squares1), curvatures)
+
+
+def _map(x: Tensor, matrix: Tensor) -> Tensor:
+    """(B, G, T, K) times the transposed (G, O, K)."""
+    samples, _, positions, _ = x.shape
+    flat = torch.bmm(x.transpose(0, 1).flatten(1, 2), matrix.mT)
+    return flat.unflatten(1, (samples, positions)).transpose(0, 1)
+
+
+def vector_product_moments(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
+    """:func:`product_moments` with one position and no groups, on (B, K) and (B, O): |G_i| = |g_i| |a_i|."""
+    (a0, a1), (g0, g1) = a, g
+    aa, gg = _inner(a0, a0), _inner(g0, g0)
+    sums1 = squares1 = curvatures = None
+    if g1 is not None:
+        sums1, squares1 = g1.mT @ a0, aa * _inner(g1, g1)
+    if a1 is not None:
+        more = gg * _inner(a1, a1)
+        if g1 is None:
+            squares1 = more
+        else:
+            squares1 = squares1 + more + 2 * _inner(a0, a1) * _inner(g1, g0)
+        sums1 = g0.mT @ a1 if sums1 is None else sums1.addmm_(g0.mT, a1)
+    if direction is not None:
+        moved = [_inner(g, x @ direction.mT) for g, x in ((g1, a0), (g0, a1)) if g is not None and x is not None]
+        curvatures = sum(moved[1:], moved[0]) if moved else None
+    squares = _total(aa * gg), None if squares1 is None else _total(squares1)
+    return Moments((g0.mT @ a0, sums1), squares, curvatures)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, y)
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:

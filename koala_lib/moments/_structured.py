@@ -70,9 +70,12 @@ class _Recorder(TorchFunctionMode):
         def collect(grad: Tensor) -> None:
             if layer.input._version != version:
                 raise RuntimeError("a layer's input was modified in place after the layer had used it")
-            for parameter, moments in ((layer.weight, layer.weight_moments), (layer.bias, layer.bias_moments)):
-                name = self.names.get(id(parameter))
-                if name is not None and name not in self.unknown:
+            rules = ((layer.weight, layer.weight_moments), (layer.bias, layer.bias_moments))
+            names = [self.names.get(id(parameter)) for parameter, _ in rules]
+            asked = [name is not None and name not in self.unknown for name in names]
+            layer.whole = all(asked)
+            for name, wanted, (_, moments) in zip(names, asked, rules, strict=True):
+                if name is not None and wanted:
                     self.moments[name] = moments(grad)
 
         if not layer.input.requires_grad:
@@ -97,10 +100,11 @@ def run(
     inputs: Tensor,
     targets: Tensor,
     direction: Mapping[str, Tensor] | None,
-    tape: Tape | None = None,
+    trainable: Mapping[str, Tensor],
+    tape: Tape | None,
 ) -> tuple[Spread, set[str]]:
     """Mean and scatter, and the names of the parameters that are not in them; the forward pass goes on the tape."""
-    plain = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    plain = {name: p.detach().requires_grad_() for name, p in trainable.items()}
     with nullcontext() if direction is None else forward_ad.dual_level():
         parameters = dict(plain)
         if direction is not None:

@@ -21,10 +21,11 @@ def run(
     inputs: Tensor,
     targets: Tensor,
     direction: Mapping[str, Tensor] | None,
+    trainable: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> Spread:
     """Mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p.detach() for name, p in trainable.items()}
     wanted = {name: trainable.pop(name) for name in names}
 
     def loss_of(wanted: Named, others: Named, x: Tensor, y: Tensor) -> Tensor:

@@ -76,6 +76,11 @@ def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]
     return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
 
 
+def reading_is_free(device: torch.device) -> bool:
+    """Whether a step may read a tensor: on an accelerator it would wait, and masks are three times a copy's work."""
+    return device.type == "cpu"
+
+
 def trusted_value(value: Tensor, variance: Tensor, observation: Tensor, noise: Tensor) -> kalman.ValueEstimate:
     """:func:`koala_lib.kalman.condition_value` with lambda = 0."""
     gain = kalman.gain(variance, noise)
@@ -397,12 +402,20 @@ class Meka(ScalarFilter):
         self, usable: Tensor, named: dict[str, Tensor], means: list[Tensor], direction: list[Tensor], alpha: Tensor
     ) -> None:
         """Store the filtered gradients and displace the weights, where there was an observation."""
-        lr = self._rates()
-        for p, mean, delta in zip(named.values(), means, direction, strict=True):
-            state, move = self.state[p], delta * (alpha * lr[p])
-            state["mean"].copy_(torch.where(usable, mean, state["mean"]))
-            state["displacement"].copy_(torch.where(usable, move, state["displacement"]))
-            p.add_(torch.where(usable, move, 0.0))
+        lr, states = self._rates(), [self.state[p] for p in named.values()]
+        moves = [delta * (alpha * lr[p]) for p, delta in zip(named.values(), direction, strict=True)]
+        kept = [[state[name] for state in states] for name in ("mean", "displacement")]
+        steps = moves
+        if reading_is_free(usable.device):
+            if not usable:
+                return
+        else:
+            means, moves = ([torch.where(usable, new, x) for new, x in zip(news, old, strict=True)]
+                            for news, old in zip((means, moves), kept, strict=True))  # fmt: skip
+            steps = [torch.where(usable, step, 0.0) for step in steps]
+        for old, news in zip(kept, (means, moves), strict=True):
+            torch._foreach_copy_(old, news)
+        torch._foreach_add_(list(named.values()), steps)
 
     # what the variants in meka_variants.py do otherwise
     _condition_value = staticmethod(kalman.condition_value)

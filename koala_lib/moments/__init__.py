@@ -159,7 +159,7 @@ def observe(
         _check_direction(model, _trainable(model), direction)
         try:
             with sdpa_kernel(SDPBackend.MATH):
-                slopes, curvatures = (x.double() for x in tape.along(direction))
+                of_samples = torch.stack(tape.along(direction)).double()
         except UnknownCallError:
             again = sample_moments(model, loss_fn, inputs, targets, direction, method)
             assert again.slope_variance is not None
@@ -167,7 +167,8 @@ def observe(
             assert again.curvature_variance is not None
             slope = torch.stack([(again.gradient[n] * d).sum(dtype=torch.float64) for n, d in direction.items()]).sum()
             return Along(slope, again.slope_variance, again.curvature, again.curvature_variance)
-        return Along(slopes.mean(), slopes.var(), curvatures.mean(), curvatures.var())
+        (slope, curvature), (slope_variance, curvature_variance) = of_samples.mean(1), of_samples.var(1)
+        return Along(slope, slope_variance, curvature, curvature_variance)
 
     return Observation(moments, along)
 
@@ -202,20 +203,23 @@ def _observe(
 
     gradients = {n: t for part in parts for n, t in part.gradient.items()}
     products = {n: t for part in parts for n, t in part.hvp.items()}
-    slopes = curvatures = None
+    numbers = [losses]
     if direction is not None:
-        slopes = parts[0].slopes.double()
-        curvatures = torch.stack([part.curvatures.double() for part in parts]).sum(0)
+        slopes, curvatures = parts[0].slopes, [c for part in parts if (c := part.curvatures) is not None]
+        assert slopes is not None
+        numbers += [slopes, sum(curvatures[1:], curvatures[0])]
+    of_samples = torch.stack([n.detach() for n in numbers]).double()
+    loss_variance, slope_variance, curvature_variance = [*of_samples.var(1), None, None][:3]
     return SampleMoments(
         losses.mean(),
-        losses.double().var(),
+        loss_variance,
         {name: gradients[name] for name in trainable},
         variance(part.gradient_scatter for part in parts),
         None if direction is None else {name: products[name] for name in trainable},
         None if direction is None else variance(part.hvp_scatter for part in parts),
-        None if slopes is None else slopes.var(),
-        None if curvatures is None else curvatures.mean(),
-        None if curvatures is None else curvatures.var(),
+        slope_variance,
+        None if direction is None else of_samples[2].mean(),
+        curvature_variance,
     )
 
 

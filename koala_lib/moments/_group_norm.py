@@ -87,9 +87,7 @@ def _tangent(
     return _accumulate(shift1, terms), statistics1
 
 
-def bend(
-    layer: Any, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def bend(layer: Any, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """y', and <g, y''> of each sample.
 
     With h = r (x - m), y'' = 2 w' h' + w h'' where h' = r x' + r' x - (r m)', h'' = 2 r' x' + r'' x - 2 r' m' - r'' m

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from koala_lib.moments._calls import Bent, Call, Tangent, UnknownCallError, second_order
 from koala_lib.moments._group_norm import GroupNormFunction, bend, channel_sums, spread
 from koala_lib.moments._products import (
     BATCH_NORM,
     Moments,
     Pair,
     both,
+    dots,
     dual,
     in_chunks,
     pair,
     product_moments,
     square_sum,
-    dots,
     tangent,
     vector_moments,
     vector_product_moments,
 )
-from koala_lib.moments._tangents import Bent, Call, Tangent, UnknownCallError, second_order
 
 
 def in_front(x: Tensor, samples: int) -> bool:
@@ -80,7 +80,7 @@ class Linear(Layer):
     def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         out = super().run(function, args, kwargs)
         moved = tangent(out) if self.input.dim() == 2 and tangent(self.input) is None else None
-        self.own = None if moved is None else moved.clone()  # the output may be changed in place
+        self.own = None if moved is None else moved.detach().clone()  # the output may be changed in place
         return out
 
     def release(self) -> None:
@@ -208,16 +208,16 @@ class Convolution(Layer):
     def push(self, *tangents: Tangent) -> Bent:
         a1, w1, b1 = tangents
         a, w = self.input, self.weight
-        convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 1]
-        out = None if a1 is None else convolve(a1, w, None, *self.options)  # type: ignore[call-overload]
+        convolve: Callable[..., Tensor] = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 1]
+        out = None if a1 is None else convolve(a1, w, None, *self.options)
         if w1 is not None:
-            more = convolve(a, w1, b1, *self.options)  # type: ignore[call-overload]
+            more = convolve(a, w1, b1, *self.options)
             out = more if out is None else out.add_(more)
         elif b1 is not None:
             shift = b1.reshape(-1, *[1] * len(self.kernel))
             out = shift.expand(self.shape) if out is None else out.add_(shift)
         bends = a1 is not None and w1 is not None
-        return out, self.bent(convolve(a1, w1, None, *self.options), 2.0) if bends else None  # type: ignore[call-overload]
+        return out, self.bent(convolve(a1, w1, None, *self.options), 2.0) if bends else None
 
 
 class GroupNorm(Layer):
@@ -304,7 +304,9 @@ class LayerNorm(Layer):
         return self._moments(grad, self.bias)
 
     def _moments(self, grad: Tensor, parameter: Tensor | None) -> Moments:
-        return vector_moments(both(lambda g: g.reshape(len(g), -1, *self.normalized).sum(1), pair(grad)), tangent(parameter))
+        return vector_moments(
+            both(lambda g: g.reshape(len(g), -1, *self.normalized).sum(1), pair(grad)), tangent(parameter)
+        )
 
     def push(self, *tangents: Tangent) -> Bent:
         there = [i for i, t in enumerate(self.tensors) if t is not None]

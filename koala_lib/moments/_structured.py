@@ -171,7 +171,6 @@ def _mean(
     """Means in the memory layout of the parameters, and sum_i |G_i - G|^2 = sum_i |G_i|^2 - B |G|^2 of all."""
     means: dict[str, Tensor] = {}
     squares: list[Tensor] = []
-    lengths: list[Tensor] = []
     for name, p in parameters.items():
         total, square = sums.get(name, (None, None))
         if total is None or square is None:
@@ -179,7 +178,6 @@ def _mean(
         else:
             means[name] = torch.div(total, samples, out=torch.empty_like(p, requires_grad=False))
             squares.append(square)
-            lengths.append(square_sum(means[name]))
     if not squares:
         return means, 0.0
-    return means, (torch.stack(squares) - samples * torch.stack(lengths)).clamp_min(0.0).sum()
+    return means, (torch.stack(squares).sum() - samples * square_sum(*means.values())).clamp_min(0.0)

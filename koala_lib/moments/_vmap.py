@@ -53,7 +53,9 @@ def run(
         for total, part in zip(merged, parts, strict=True):
             total.add(part)
     first, second = merged[0], merged[1] if direction is not None else _Merged()
-    losses, slopes, curvatures = (torch.cat(column) for column in zip(*scalars, strict=True)) if direction is not None else (torch.cat([x[0] for x in scalars]), None, None)
+    columns = [torch.cat(column) for column in zip(*scalars, strict=True)]
+    losses, slopes, curvatures = [*columns, None, None][:3]
+    assert losses is not None
     return Spread(losses, slopes, curvatures, first.mean, first.scatter, second.mean, second.scatter)
 
 

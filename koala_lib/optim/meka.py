@@ -10,7 +10,7 @@ optimizer with full matrices and slow loops in the paper's symbols.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class _Observed(NamedTuple):
     curvature_variance: Tensor  # of d^T B_i d
     gradients: list[Tensor]  # g
     products: list[Tensor]  # Hessian times direction
-    along: Callable[[list[Tensor]], Along]  # slope and curvature of the samples along another direction
+    along: Callable[[Mapping[str, Tensor]], Along] | None  # slope and curvature along another direction
 
 
 class _Ahead(NamedTuple):
@@ -81,12 +81,14 @@ def reading_is_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def trusted_value(value: Tensor, variance: Tensor, observation: Tensor, noise: Tensor) -> kalman.ValueEstimate:
+def trusted_value(
+    value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor
+) -> kalman.ValueEstimate:
     """:func:`koala_lib.kalman.condition_value` with lambda = 0."""
-    gain = kalman.gain(variance, noise)
+    gain = kalman.gain(variance, measurement_noise)
     return kalman.ValueEstimate(
         value=value + gain * (observation - value),
-        variance=kalman.condition_variance(variance, noise),
+        variance=kalman.condition_variance(variance, measurement_noise),
         model_error=torch.zeros_like(variance),
     )
 
@@ -121,26 +123,30 @@ class Meka(ScalarFilter):
         variances: what stands for :math:`\delta^\top P \delta` and :math:`\delta^\top Q \delta` in eq. 11, and for the
             same of the last displacement in the filter of the loss (eq. 16). ``"mean"`` is section 4 to the letter
             ("we approximate them as scalar objects ... by averaging over all dimensions"): p and q times
-            :math:`|\delta|^2`, which is right where the noise is the same in all directions. ``"directional"`` is what
-            eq. 11 asks for, the variances of :math:`\delta^\top g` and :math:`\delta^\top B \delta` themselves, measured
-            over the samples of the minibatch: P is K Sigma by eqs. 7 and 8, so that :math:`\delta^\top P \delta` is k
-            times the former. ``"sum"`` has the traces of P and Q in place of their means, n times as large for n
-            weights: no direction can be more uncertain than that. The gain k is a ratio, the same in all three.
+            :math:`|\delta|^2`, which is right where the noise is the same in all directions, and far too small along
+            a gradient of a network. ``"directional"`` is what eq. 11 asks for, the variances of
+            :math:`\delta^\top g` and :math:`\delta^\top B \delta` themselves, over the samples of the minibatch: P is
+            K Sigma by eqs. 7 and 8, so that :math:`\delta^\top P \delta` is k times the former. ``"sum"`` has the
+            traces of P and Q in place of their means, n times as large for n weights: no direction is more uncertain
+            than that. The gain k is a ratio, the same in all three.
         third_order: appendix B.2: "we can instead add the term [lambda |alpha delta|^6] to the variance", with
             lambda / |d|^6 (eq. 23) from the last displacement d. It keeps the steps of ``"pi"`` finite where the
             curvature is negative. In the filter of the loss nothing else changes, but that there is no model error
             where d = 0. "We did not fully test this approach", the paper says.
         curvature_smoothing: coefficient of an average of b / |delta|^2, with which a rule then computes alpha* instead
             of the minibatch's own. Appendix B.2 has "the exponential moving averaged curvature used in practice", and
-            not how; 0 is the algorithm of section 3 and appendix A, which average no curvature.
+            not how; 0 is the algorithm of section 3 and appendix A, which average no curvature. With ``lr=1`` it
+            matters more than ``variances``: one minibatch that shows little curvature makes a large step, and the
+            average of alpha goes on making it.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
 
     sigma, q and r are variances of minibatch *means*: the unbiased variances of the samples, averaged over the weights,
     divided by B. A rule needs the curvature and its variance along the new direction: one more pass of tangents a step
-    for ``"directional"`` and for ``"quadratic"``, and for the other two all moments a second time. Where the paper's formulas are misprinted this is what they must mean: the process
-    noise of eq. 6 is that of the b added, and m stands squared in the denominator of eq. 9.
+    for ``"directional"`` and for ``"quadratic"``, else all moments a second time. Where the paper's formulas are
+    misprinted this is what they must mean: the process noise of eq. 6 is that of the b added, and m stands squared in
+    the denominator of eq. 9.
 
     One process only: DDP and FSDP average gradients, which the variances between samples cannot be got from.
 
@@ -274,8 +280,8 @@ class Meka(ScalarFilter):
             variance = self._displacement_variance(entries, observed, ahead, named, direction, samples)
             entries["displacement_variance"] = alpha.square() * variance
 
-        norm = _dot(observed.gradients, observed.gradients)
-        usable = torch.stack([*entries.values(), norm]).isfinite().all()
+        # sigma and q are not finite if any entry of a gradient or a product is not
+        usable = torch.stack(list(entries.values())).isfinite().all()
         self._move(usable, named, means, direction, alpha)
         new, old = (torch.stack([e[name] for name in self.filter_entries]) for e in (entries, missing))
         self._filter().copy_(torch.where(usable, new, old))
@@ -332,23 +338,25 @@ class Meka(ScalarFilter):
         named: dict[str, Tensor],
         direction: list[Tensor],
     ) -> _Ahead | None:
-        """delta^T B delta and what stands for delta^T P delta and delta^T Q delta (reading M-15), where it is asked for.
+        """delta^T B delta, and what stands for delta^T P delta and delta^T Q delta (M-15), where it is asked for.
 
         For Q the Hessian is multiplied with the new direction (reading M-3). P = k Sigma, so along delta it is k times
         the variance of delta^T g.
         """
-        rule, variances = self.param_groups[0]["step_size"], self.param_groups[0]["variances"]
-        samples = len(targets)
-        if variances == "directional" or rule == "quadratic":  # which asks for no variance
-            along = observed.along(direction)
+        options, samples = self.param_groups[0], len(targets)
+        new = dict(zip(named, direction, strict=True))
+        if observed.along is not None:
+            along = Along(*(number.to(self._filter()) for number in observed.along(new)))
             p, q = entries["gain"] * along.slope_variance, along.curvature_variance
             return _Ahead(along.curvature, p / samples, q / samples)
-        if rule == "constant":
+        if options["step_size"] == "constant":
             return None
-        moments = self._moments(inputs, targets, named, direction)
-        squared = _dot(direction, direction) * (_weights(direction) if variances == "sum" else 1)
-        q = moments.product_variance / samples
-        return _Ahead(_dot(direction, moments.products), entries["variance"] * squared, q * squared)
+        moments = sample_moments(self.model, self.loss_fn, inputs, targets, new, method=options["moments"])
+        assert moments.curvature is not None
+        assert moments.hvp_variance is not None
+        curvature, q = (number.to(self._filter()) for number in (moments.curvature, moments.hvp_variance))
+        squared = _dot(direction, direction) * (_weights(direction) if options["variances"] == "sum" else 1)
+        return _Ahead(curvature, entries["variance"] * squared, q / samples * squared)
 
     def _choose_step(
         self, entries: Entries, ahead: _Ahead | None, means: list[Tensor], direction: list[Tensor], cubic: Tensor
@@ -392,8 +400,9 @@ class Meka(ScalarFilter):
             scaled: Tensor = ahead.slope_variance * self.param_groups[0]["lr"] ** 2
             return scaled
         lr = self._rates()  # which may differ, so that v is no multiple of delta
-        moved = observed.along([delta * lr[p] for p, delta in zip(named.values(), direction, strict=True)])
-        return entries["gain"] * moved.slope_variance / samples
+        assert observed.along is not None
+        moved = observed.along({name: delta * lr[p] for (name, p), delta in zip(named.items(), direction, strict=True)})
+        return entries["gain"] * moved.slope_variance.to(self._filter()) / samples
 
     def _rates(self) -> dict[Tensor, float | Tensor]:
         return {p: group["lr"] for group in self.param_groups for p in group["params"]}
@@ -425,31 +434,25 @@ class Meka(ScalarFilter):
         return self._moments(inputs, targets, named, moves)
 
     def _moments(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], direction: list[Tensor]) -> _Observed:
-        with torch.enable_grad():
-            moments, along = observe(
-                self.model,
-                self.loss_fn,
-                inputs,
-                targets,
-                dict(zip(named, direction, strict=True)),
-                method=self.param_groups[0]["moments"],
-            )
-        assert moments.hvp is not None  # there was a direction
+        problem = self.model, self.loss_fn, inputs, targets, dict(zip(named, direction, strict=True))
+        along = None
+        if self._along_is_enough():
+            moments, along = observe(*problem, method=self.param_groups[0]["moments"])
+        else:
+            moments = sample_moments(*problem, method=self.param_groups[0]["moments"])
         variances = (
             moments.loss_variance, moments.gradient_variance, moments.hvp_variance, moments.curvature_variance
         )  # fmt: skip
-        # differences of sums, which rounding may leave below zero
-        r, sigma, q, directional = (
-            variance.detach().to(self._filter()).clamp(min=0) for variance in variances if variance is not None
-        )
+        r, sigma, q, directional = (variance.to(self._filter()) for variance in variances if variance is not None)
+        assert moments.hvp is not None  # there was a direction
         gradients, products = ([moment[name] for name in named] for moment in (moments.gradient, moments.hvp))
-        loss = moments.loss.detach()
+        loss = moments.loss
+        return _Observed(loss, loss.to(self._filter()), r, sigma, q, directional, gradients, products, along)
 
-        def along_list(direction: list[Tensor]) -> Along:
-            found = along(dict(zip(named, direction, strict=True)))
-            return Along(*(number.to(self._filter()) for number in found))
-
-        return _Observed(loss, loss.to(self._filter()), r, sigma, q, directional, gradients, products, along_list)
+    def _along_is_enough(self) -> bool:
+        """Whether slope and curvature along the new direction are all that is asked for."""
+        variances, rule = (self.param_groups[0][name] for name in ("variances", "step_size"))
+        return bool(variances == "directional" or rule == "quadratic")
 
     def _named_parameters(self) -> dict[str, Tensor]:
         """The parameters to move, by their names in the model; creates the state that does not exist yet."""

@@ -18,7 +18,7 @@ from koala_lab.models.language import LANGUAGE_MODELS
 from koala_lab.models.translation import TRANSLATION_MODELS
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
-VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1, "apollo": 1}
+VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 2, "adameka": 2, "apollo": 1}
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WRAPPERS = ("", "lookahead", "swa", "switch")

@@ -17,6 +17,7 @@ import torch
 from koala_lab.config import RunConfig
 from koala_lab.runs.trace import _batches, _meka_step, _training_set
 from koala_lab.runs.training import _Run
+from koala_lib.optim import Meka
 
 AVERAGED: Final = {"curvature_smoothing": 0.999}
 CUBIC: Final = {"third_order": True}
@@ -41,6 +42,7 @@ def follow(config: RunConfig, steps: int, *, device: str = "cpu") -> tuple[pd.Da
     """Train MEKA for some steps; what its filter said at each, and the loss over the training set afterwards."""
     run = _Run(config, torch.device(device))
     optimizer = run.optimizers["network"]
+    assert isinstance(optimizer, Meka)
     rows = [_meka_step(run, optimizer, batch, False) for batch in islice(_batches(run), steps)]
     with torch.no_grad():
         losses = torch.cat([run.task.sample_losses(batch) for batch in _training_set(run)])
@@ -97,6 +99,6 @@ def compare(
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per reading: runs, lost runs, quartiles of the final loss of all runs."""
     groups = rows.groupby("reading", sort=False)
-    quartiles = groups["final_loss"].quantile([0.0, 0.25, 0.5, 0.75, 1.0]).unstack()
-    quartiles.columns = pd.Index(["best", "q1", "median", "q3", "worst"])
-    return groups["lost"].agg(runs="size", lost="sum").join(quartiles)
+    quartiles = {"best": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst": 1.0}
+    columns = {name: groups["final_loss"].quantile(q) for name, q in quartiles.items()}
+    return pd.DataFrame({"runs": groups["lost"].size(), "lost": groups["lost"].sum()} | columns)

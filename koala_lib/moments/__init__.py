@@ -71,59 +71,49 @@ def sample_moments(
     direction: Mapping[str, Tensor] | None = None,
     method: str = "auto",
 ) -> SampleMoments:
-    """Means and variances of loss, gradient and Hessian-vector product over the samples of a minibatch, and with a
-    direction those of slope and curvature along it.
+    """Measure loss, gradient and Hessian-vector product over the samples of a minibatch: means and variances.
 
-    Parameters
-    ----------
-    model
-        Called as ``model(inputs)``; treats every sample by itself. Its trainable parameters are the coordinates.
-    loss_fn
-        ``loss_fn(outputs, targets)`` returns one loss per sample, shape (B,). The parameters enter it through
-        ``outputs`` alone.
-    inputs, targets
-        Tensors whose leading dimension counts the B >= 2 samples.
-    direction
-        By parameter name, the vector d the Hessian of each sample's loss is multiplied with: one tensor in the shape
-        of each trainable parameter. ``None`` leaves the products out.
-    method
-        ``"structured"`` takes the time of three to five forward and backward passes and three times the memory of one.
-        It knows linear layers, convolutions, group norm, layer norm and embeddings. Parameters that go anywhere else,
-        or are used more than once, are done by ``"vmap"``, those alone. ``"vmap"`` is the slow reference.
-        ``"auto"`` is ``"structured"``, or ``"vmap"`` where the model uses an operation without a forward-mode rule.
+    With a direction also slope and curvature along it.
 
-    Returns
-    -------
-    SampleMoments
+    Args:
+        model: Called as ``model(inputs)``; treats every sample by itself. Its trainable parameters are the coordinates.
+        loss_fn: ``loss_fn(outputs, targets)`` returns one loss per sample, shape (B,). The parameters enter it through
+            ``outputs`` alone.
+        inputs: Tensor whose leading dimension counts the B >= 2 samples.
+        targets: Tensor with the same leading dimension.
+        direction: By parameter name, the vector d the Hessian of each sample's loss is multiplied with: one tensor in
+            the shape of each trainable parameter. ``None`` leaves the products out.
+        method: ``"structured"`` takes the time of three to five forward and backward passes and three times the memory
+            of one. It knows linear layers, convolutions, group norm, layer norm and embeddings. Parameters that go
+            anywhere else, or are used more than once, are done by ``"vmap"``, those alone. ``"vmap"`` is the slow
+            reference. ``"auto"`` is ``"structured"``, or ``"vmap"`` where the model uses an operation without a
+            forward-mode rule.
+
+    Returns:
         Gradient and product have the shapes, dtypes and memory layouts of the parameters.
 
-    Raises
-    ------
-    ValueError
-        For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does not fit, or
-        one for a network with torch's recurrent layers.
-    TypeError
-        For inputs or targets that are no tensors.
+    Raises:
+        ValueError: For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does
+            not fit, or one for a network with torch's recurrent layers.
+        TypeError: For inputs or targets that are no tensors.
 
-    Notes
-    -----
-    "structured" subtracts B |G|^2 from a sum of squares, so the relative error of a variance is that of the dtype times
-    1 + B |G|^2 / sum_i |G_i - G|^2. Random layers such as dropout draw anew for what falls back to "vmap".
+    Notes:
+        "structured" subtracts B |G|^2 from a sum of squares, so the relative error of a variance is that of the dtype
+        times 1 + B |G|^2 / sum_i |G_i - G|^2. Random layers such as dropout draw anew for what falls back to "vmap".
 
-    Examples
-    --------
-    Loss (w x)^2 / 2 on x = 1 and 2 at w = 1: gradients 1 and 4, Hessians 1 and 4.
+    Examples:
+        Loss (w x)^2 / 2 on x = 1 and 2 at w = 1: gradients 1 and 4, Hessians 1 and 4.
 
-    >>> model = nn.Linear(1, 1, bias=False)
-    >>> _ = nn.init.ones_(model.weight)
-    >>> x = torch.tensor([[1.0], [2.0]])
-    >>> moments = sample_moments(model, lambda o, y: o[:, 0] ** 2 / 2, x, x, {"weight": torch.tensor([[2.0]])})
-    >>> moments.gradient["weight"].item(), moments.gradient_variance.item()
-    (2.5, 4.5)
-    >>> moments.hvp["weight"].item(), moments.hvp_variance.item()
-    (5.0, 18.0)
-    >>> moments.slope_variance.item(), moments.curvature.item(), moments.curvature_variance.item()
-    (18.0, 10.0, 72.0)
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(model.weight)
+        >>> x = torch.tensor([[1.0], [2.0]])
+        >>> moments = sample_moments(model, lambda o, y: o[:, 0] ** 2 / 2, x, x, {"weight": torch.tensor([[2.0]])})
+        >>> moments.gradient["weight"].item(), moments.gradient_variance.item()
+        (2.5, 4.5)
+        >>> moments.hvp["weight"].item(), moments.hvp_variance.item()
+        (5.0, 18.0)
+        >>> moments.slope_variance.item(), moments.curvature.item(), moments.curvature_variance.item()
+        (18.0, 10.0, 72.0)
     """
     return _observe(model, loss_fn, inputs, targets, direction, method, None)
 
@@ -136,21 +126,24 @@ def observe(
     direction: Mapping[str, Tensor] | None = None,
     method: str = "auto",
 ) -> Observation:
-    """The moments, and what gives slope and curvature along further directions of the same samples.
+    """Take the moments, and keep what gives slope and curvature along further directions of the same samples.
 
-    Parameters
-    ----------
-    model, loss_fn, inputs, targets, direction, method
-        As in :func:`sample_moments`.
+    ``along`` belongs to the weights as they are, so it must be called before they move, and it keeps the activations
+    of the forward pass and their gradients alive. A call takes about as long as a gradient or less; as long as all
+    moments with ``method="vmap"``, and where the network holds an operation whose second derivative is not known
+    sample by sample (dropout, say, or a cumulative sum).
 
-    Returns
-    -------
-    Observation
-        ``moments``, and ``along(direction)``: mean and variance of delta^T grad f_i and delta^T Hess f_i delta. It
-        belongs to the weights as they are, so it must be called before they move, and it keeps the activations of the
-        forward pass and their gradients alive. A call takes about as long as a gradient; where the network holds an
-        operation whose second derivative is not known sample by sample (dropout, say, or a cumulative sum), and with
-        ``method="vmap"``, as long as all moments.
+    Args:
+        model: As in :func:`sample_moments`, and so are the others.
+        loss_fn: Losses of the samples.
+        inputs: Samples.
+        targets: Their targets.
+        direction: Of the Hessian-vector products.
+        method: ``"auto"``, ``"structured"`` or ``"vmap"``.
+
+    Returns:
+        ``moments`` and ``along``, a function of a direction like that one: mean and variance of delta^T grad f_i and
+        delta^T Hess f_i delta.
     """
     tape = Tape()
     moments = _observe(model, loss_fn, inputs, targets, direction, method, tape)
@@ -233,7 +226,7 @@ def _spreads(
     trainable: Mapping[str, Tensor],
     tape: Tape | None,
 ) -> list[Spread]:
-    """Every parameter is in one of them."""
+    """Return spreads that together hold every parameter once."""
     problem = model, loss_fn, inputs, targets, direction, trainable
     if method == "vmap":
         if tape is not None:

@@ -27,8 +27,11 @@ from koala_lib.moments._products import both, dual, pair
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, layer)``; ``layer``, a ``GroupNorm`` of :mod:`koala_lib.moments._layers`, takes
-    the statistics and gives the sums of the output gradient."""
+    """Group normalisation as ``apply(x, weight, bias, layer)``.
+
+    ``layer``, a ``GroupNorm`` of :mod:`koala_lib.moments._layers`, takes the statistics and gives the sums of the
+    output gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, layer: Any) -> Tensor:
@@ -113,17 +116,17 @@ def bend(layer: Any, x1: Tensor | None, weight1: Tensor | None, bias1: Tensor | 
 
 
 def channel_sums(x: Tensor) -> Tensor:
-    """(N, C, *positions) to (N, C)."""
+    """Sum (N, C, *positions) over the positions, to (N, C)."""
     return x.flatten(2).sum(2) if x.dim() > 2 else x
 
 
 def spread(x: Tensor, like: Tensor) -> Tensor:
-    """(N, G) to (N, C): a group's number for each of its channels."""
+    """Spread (N, G) to (N, C): a group's number for each of its channels."""
     return x.repeat_interleave(like.shape[1] // x.shape[1], dim=1)
 
 
 def _group_mean(sums: Tensor, like: Tensor, groups: int) -> Tensor:
-    """(N, C) sums over positions to (N, G) means over the entries of a group of ``like``.
+    """Turn (N, C) sums over positions into (N, G) means over the entries of a group of ``like``.
 
     Value and tangent on their own: torch's rule for a division of a dual tensor by a number goes through Python.
     """
@@ -132,7 +135,7 @@ def _group_mean(sums: Tensor, like: Tensor, groups: int) -> Tensor:
 
 
 def combination(terms: list[tuple[Tensor, Tensor]], shift: Tensor) -> Tensor:
-    """Sum of coefficient times activation, plus shift: a dual tensor if any of them is.
+    """Return the sum of coefficient times activation, plus shift: a dual tensor if any of them is.
 
     Coefficients and shift are (N, C), activations (N, C, *positions).
     """

@@ -35,7 +35,7 @@ from koala_lib.moments._products import (
 
 
 def in_front(x: Tensor, samples: int) -> bool:
-    """Whether dimension 0 counts the samples, and dimension 1 could not be meant."""
+    """Say whether dimension 0 counts the samples, and dimension 1 could not be meant."""
     return x.shape[:1] == (samples,) and (x.dim() < 3 or x.shape[1] != samples)
 
 
@@ -60,7 +60,7 @@ class Layer(Call):
         self.input, self.weight, self.bias = self.tensors  # type: ignore[assignment]
 
     def fits(self, samples: int) -> bool:
-        """Whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
+        """Say whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
         return in_front(self.input, samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
@@ -181,11 +181,11 @@ class Convolution(Layer):
         return found._replace(sums=both(shaped, found.sums))
 
     def _positions(self, g: Tensor) -> Tensor:
-        """(B, O, *places) to (B, groups, T, O / groups)."""
+        """Lay out (B, O, *places) as (B, groups, T, O / groups)."""
         return g.reshape(len(g), self.groups, g.shape[1] // self.groups, -1).mT
 
     def _windows(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """(B, C, *size) to (B, groups, T, K) with K = kernel size times C / groups, channels last."""
+        """Lay out (B, C, *size) as (B, groups, T, K) with K = kernel size times C / groups, channels last."""
         x = (functional.pad(x, self.padding) if any(self.padding) else x).movedim(1, -1).contiguous()
         samples, channels = len(x), x.shape[-1] // self.groups
         steps = x.stride()[1:-1]

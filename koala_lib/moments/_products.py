@@ -45,7 +45,7 @@ class Spread(NamedTuple):
 
 
 def check_losses(losses: Tensor, samples: int) -> Tensor:
-    """The losses, if there is one for each sample."""
+    """Return the losses if there is one per sample; raise a ``ValueError`` otherwise."""
     if losses.shape != (samples,):
         raise ValueError(
             f"loss_fn must return one loss per sample, shape ({samples},), got {tuple(losses.shape)}; "
@@ -55,7 +55,7 @@ def check_losses(losses: Tensor, samples: int) -> Tensor:
 
 
 def square_sum(*xs: Tensor) -> Tensor:
-    """|x|^2 of one tensor or several, as a float64 scalar.
+    """Return |x|^2 of one tensor or several, as a float64 scalar.
 
     Norms of the rows, added in float64: as quick as one float32 norm of everything, which is off by 1e-4 and more
     from 1e7 elements on, and several times quicker than a norm that is taken in float64.
@@ -65,13 +65,13 @@ def square_sum(*xs: Tensor) -> Tensor:
 
 
 def pair(x: Tensor) -> Pair:
-    """The two halves of a dual tensor."""
+    """Return the two halves of a dual tensor."""
     dual = unpack_dual(x)  # type: ignore[no-untyped-call]
     return dual.primal, dual.tangent
 
 
 def tangent(x: Tensor | None) -> Tensor | None:
-    """The tangent of a dual tensor, ``None`` for any other."""
+    """Return the tangent of a dual tensor, ``None`` for any other."""
     return None if x is None else pair(x)[1]
 
 
@@ -80,50 +80,43 @@ def dual(value: Tensor, tangent: Tensor | None) -> Tensor:
 
 
 def both(function: Callable[[Tensor], Tensor], x: Pair) -> Pair:
-    """A linear function of value and tangent."""
+    """Apply a linear function to value and tangent."""
     return function(x[0]), None if x[1] is None else function(x[1])
 
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products of the samples, (B,)."""
+    """Return the inner products of the samples, (B,)."""
     return (x * y).reshape(len(x), -1).sum(1)
 
 
 def vector_moments(per_sample: Pair, direction: Tensor | None) -> Moments:
-    """Moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
+    """Return the moments of a parameter whose per-sample gradients are at hand: a pair of (B, *shape)."""
     second = per_sample[1]
     curvatures = None if second is None or direction is None else second.reshape(len(second), -1) @ direction.flatten()
     return Moments(both(lambda x: x.sum(0), per_sample), both(square_sum, per_sample), curvatures)
 
 
 def product_moments(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
-    """Moments of a matrix with per-sample gradient G_i = sum_t g_it a_it^T, so H_i = sum_t g'_it a_it^T + g_it a'_it^T.
+    """Return moments of a matrix with G_i = sum_t g_it a_it^T, so H_i = sum_t g'_it a_it^T + g_it a'_it^T.
 
-    Parameters
-    ----------
-    a
-        Inputs of the layer, (B, groups, T positions, K), and their tangents.
-    g
-        Gradients of the loss with respect to its outputs, (B, groups, T, O), and their tangents.
-    direction
-        The weight's own tangent, (groups, O, K).
+    Args:
+        a: Inputs of the layer, (B, groups, T positions, K), and their tangents.
+        g: Gradients of the loss with respect to its outputs, (B, groups, T, O), and their tangents.
+        direction: The weight's own tangent, (groups, O, K).
 
-    Returns
-    -------
-    Moments
+    Returns:
         Sums of shape (groups, O, K).
 
-    Notes
-    -----
-    |G_i|^2 = sum_ts (a_t . a_s)(g_t . g_s) needs T^2 (K + O) multiplications against T K O for G_i itself, and no
-    room for it. With one position, as in a linear layer on vectors, it is a product of two norms.
+    Notes:
+        |G_i|^2 = sum_ts (a_t . a_s)(g_t . g_s) needs T^2 (K + O) multiplications against T K O for G_i itself, and no
+        room for it. With one position, as in a linear layer on vectors, it is a product of two norms.
     """
     sizes = (*a[0].shape[1:], g[0].shape[3])
     return (_by_gram if _gram_is_cheaper(*sizes) else _explicit)(a, g, direction)
 
 
 def in_chunks(function: Callable[[Pair, Pair], Moments], a: Pair, g: Pair, sizes: tuple[int, int, int, int]) -> Moments:
-    """``function`` of a few samples at a time, added up; ``sizes`` are (groups, T, K, O) of its matrix product."""
+    """Add up ``function`` of a few samples at a time; ``sizes`` are (groups, T, K, O) of its matrix product."""
     groups, positions, width, height = sizes
     held = positions * (positions + width) if _gram_is_cheaper(*sizes) else width * max(positions, height)
     count = max(1, CHUNK // (groups * held))
@@ -160,7 +153,7 @@ def _explicit(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
 
 
 def _merged(x: Tensor, tangent: Tensor | None) -> Pair:
-    """(B, G, T, N) as (B G, T, N)."""
+    """View (B, G, T, N) as (B G, T, N)."""
     return x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
 
 
@@ -183,14 +176,14 @@ def _by_gram(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
 
 
 def _map(x: Tensor, matrix: Tensor) -> Tensor:
-    """(B, G, T, K) times the transposed (G, O, K)."""
+    """Multiply (B, G, T, K) with the transposed (G, O, K)."""
     samples, _, positions, _ = x.shape
     flat = torch.bmm(x.transpose(0, 1).flatten(1, 2), matrix.mT)
     return flat.view(len(flat), samples, positions, -1).transpose(0, 1)
 
 
 def vector_product_moments(a: Pair, g: Pair, direction: Tensor | None) -> Moments:
-    """:func:`product_moments` with one position and no groups, on (B, K) and (B, O): |G_i| = |g_i| |a_i|."""
+    """Return :func:`product_moments` of one position without groups, (B, K) and (B, O): |G_i| = |g_i| |a_i|."""
     (a0, a1), (g0, g1) = a, g
     aa, gg = _inner(a0, a0), _inner(g0, g0)
     sums1 = squares1 = curvatures = None
@@ -213,7 +206,7 @@ def _inner(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x_t . y_s for all positions t, s: (B, G, T, N) twice to (B, G, T, T)."""
+    """Return x_t . y_s for all positions t, s: (B, G, T, N) twice to (B, G, T, T)."""
     return (x * y).sum(-1, keepdim=True) if x.shape[2] == 1 else x @ y.mT
 
 
@@ -222,6 +215,6 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _sum_of_products(a: Tensor, g: Tensor) -> Tensor:
-    """Sum over samples and positions of g a^T, (G, O, K)."""
+    """Sum g a^T over samples and positions, (G, O, K)."""
     a, g = (x.transpose(0, 1).flatten(1, 2) for x in (a, g))
     return torch.bmm(g.mT, a)

@@ -84,7 +84,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
+    """Yield all tensors in nested tuples, lists and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -103,7 +103,7 @@ def run(
     trainable: Mapping[str, Tensor],
     tape: Tape | None,
 ) -> tuple[Spread, set[str]]:
-    """Mean and scatter, and the names of the parameters that are not in them; the forward pass goes on the tape."""
+    """Return mean and scatter, and the names of the parameters that are not in them; fill the tape."""
     plain = {name: p.detach().requires_grad_() for name, p in trainable.items()}
     with nullcontext() if direction is None else forward_ad.dual_level():
         parameters = dict(plain)
@@ -138,8 +138,7 @@ def run(
 def _slope(
     loss_fn: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, tape: Tape | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Losses of the samples, the gradient of their sum by the outputs, which is ``None`` for a constant, and the
-    derivatives of the losses along the direction.
+    """Return the losses of the samples, their sum's gradient by the outputs, ``None`` for a constant, and their slopes.
 
     The gradient's tangent is the symmetric Hessian of the losses times the tangent of the outputs: one more backward
     pass through the loss. Forward mode over its backward pass gives the same; torch goes through Python for that and
@@ -168,7 +167,7 @@ def _slope(
 def _mean(
     parameters: Mapping[str, Tensor], sums: Mapping[str, tuple[Tensor | None, Tensor | None]], samples: int
 ) -> tuple[dict[str, Tensor], Tensor | float]:
-    """Means in the memory layout of the parameters, and sum_i |G_i - G|^2 = sum_i |G_i|^2 - B |G|^2 of all."""
+    """Return the means, laid out as the parameters, and sum_i |G_i - G|^2 = sum_i |G_i|^2 - B |G|^2 of all."""
     means: dict[str, Tensor] = {}
     squares: list[Tensor] = []
     for name, p in parameters.items():

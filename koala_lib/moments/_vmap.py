@@ -24,7 +24,7 @@ def run(
     trainable: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> Spread:
-    """Mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
+    """Return mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
     trainable = {name: p.detach() for name, p in trainable.items()}
     wanted = {name: trainable.pop(name) for name in names}
 

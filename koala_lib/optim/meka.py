@@ -191,6 +191,7 @@ class Meka(ScalarFilter):
         "curvature_average_weight",
         "skipped_steps",
     )
+    traced = ("step_size", "model_error", "value_variance")  # entries whose means describe a run
     _hidden = filter_entries[filter_entries.index("displacement_variance") :]
     _of_rules = ("slope", "curvature", "step_size_optimum")
 

@@ -31,13 +31,13 @@ SampleLoss = Callable[[Tensor, Any], Tensor]
 
 
 def _average(history: Sequence[Any], beta: float) -> Any:
-    """Exponential average without the weight of its start: sum_i beta^(t-i) x_i / sum_i beta^(t-i)."""
+    """Return the bias-corrected exponential average, sum_i beta^(t-i) x_i / sum_i beta^(t-i)."""
     weights = [beta ** (len(history) - 1 - i) for i in range(len(history))]
     return sum(w * x for w, x in zip(weights, history, strict=True)) / sum(weights)
 
 
 def _halve(criterion: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function goes from negative at ``low`` to positive at ``high``."""
+    """Find where a function goes from negative at ``low`` to positive at ``high``."""
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if criterion(middle) >= 0 else (middle, high)
@@ -51,16 +51,17 @@ class Change:
         self.a, self.b, self.s, self.p, self.q, self.c = a, b, s, p, q, c
 
     def at(self, alpha: float) -> tuple[float, float, float, float]:
-        """mu, V, mu', V'."""
+        """Return mu, V, mu', V'."""
         mu = -alpha * self.a + alpha**2 / 2 * self.b
         V = 2 * self.s + alpha**2 * self.p + alpha**4 / 4 * self.q + alpha**6 * self.c
         return mu, V, -self.a + alpha * self.b, 2 * alpha * self.p + alpha**3 * self.q + 6 * alpha**5 * self.c
 
     def quadratic(self) -> float:
+        """Return a / b, the minimum of mu, infinite where there is none."""
         return self.a / self.b if self.b > 0 else math.inf
 
     def pi(self) -> float:
-        """Where J = mu / sqrt V has its minimum (13): J' has the sign of mu' V - mu V' / 2."""
+        """Find the minimum of J = mu / sqrt V (13): J' has the sign of mu' V - mu V' / 2."""
 
         def slope(alpha: float) -> float:
             mu, V, mu1, V1 = self.at(alpha)
@@ -74,7 +75,7 @@ class Change:
         return _halve(slope, 0.0, high)
 
     def ei(self) -> float:
-        """The first maximum of E max(0, -change) up to 2 a/b; EI' = - mu' Phi(z) + V' / (2 sqrt V) phi(z)."""
+        """Find the first maximum of E max(0, -change) up to 2 a/b; EI' = - mu' Phi(z) + V' / (2 sqrt V) phi(z)."""
 
         def fall(alpha: float) -> float:
             mu, V, mu1, V1 = self.at(alpha)
@@ -95,19 +96,18 @@ class Change:
 class ReferenceMeka:
     """MEKA and AdaMEKA on a vector of weights.
 
-    Parameters
-    ----------
-    theta : (n,) float64, changed in place
-    sample_loss : (theta, sample) -> 0-dim loss of one sample
-    covariance : "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
-        practice; "full" is section 2 as written and exists here only
-    hessian : "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
-        minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
-    variances : the matrices for P and Q in (11) and (16): "mean", the scalar ones; "sum", their traces times the
-        identity; "directional", K cov(g) and cov(B d) over the samples of one minibatch, in full
-    third_order : (23), lam / |d|^6 times |alpha delta|^6 in the variance of the change
-    model_error : whether lam follows (22), or is 0 throughout
-    others : as in :class:`koala_lib.optim.meka.Meka`
+    Args:
+        theta: (n,) float64, changed in place
+        sample_loss: (theta, sample) -> 0-dim loss of one sample
+        covariance: "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
+            practice; "full" is section 2 as written and exists here only
+        hessian: "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
+            minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
+        variances: the matrices for P and Q in (11) and (16): "mean", the scalar ones; "sum", their traces times the
+            identity; "directional", K cov(g) and cov(B d) over the samples of one minibatch, in full
+        third_order: (23), lam / |d|^6 times |alpha delta|^6 in the variance of the change
+        model_error: whether lam follows (22), or is 0 throughout
+        others: as in :class:`koala_lib.optim.meka.Meka`
     """
 
     def __init__(
@@ -150,15 +150,17 @@ class ReferenceMeka:
 
     @property
     def Sigma(self) -> Tensor:
+        """Covariance of the minibatch gradient, averaged over the steps."""
         average: Tensor = _average(self.Sigmas, self.beta)
         return average
 
     @property
     def r(self) -> float:
+        """Variance of the minibatch loss, averaged over the steps."""
         return float(_average(self.rs, self.beta))
 
     def step(self, batch: Sequence[Any]) -> float:
-        """One step on a minibatch; the mean loss before it."""
+        """Make one step on a minibatch; return the mean loss before it."""
         M, d, m, P = len(batch), self.d, self.m, self.P
         losses, gradients, products = self._samples(batch, d)
         if self.hessian != "current":
@@ -204,7 +206,7 @@ class ReferenceMeka:
     def _samples(
         self, batch: Sequence[Any], direction: Tensor, at: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, gradient and Hessian times direction of every sample, (M,), (M, n) and (M, n); at theta by default."""
+        """Return loss, gradient and Hessian times direction per sample, (M,), (M, n), (M, n); at theta by default."""
         rows = []
         for sample in batch:
             theta = (self.theta if at is None else at).detach().clone().requires_grad_()

@@ -89,11 +89,13 @@ def test_shapes_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert [(r["parameters"], r["tensors"], r["ns"], r["ratio"]) for r in rows] == [(1000, 2, 2.0, 1.0)] * 3
 
 
+@pytest.mark.usefixtures("traced_passes")
 def test_the_second_process_finds_what_the_first_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     caches = []
 
     def check_output(command: list[str], env: dict[str, str], text: bool) -> str:
         caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        exec(command[-1])  # the script runs
         return f"{10.0 / len(caches)}\n"
 
     monkeypatch.setattr(subprocess, "check_output", check_output)

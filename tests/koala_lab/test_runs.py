@@ -10,6 +10,7 @@ import pytest
 
 from koala_lab import runs
 from koala_lab.config import RunConfig
+from koala_lab.files import write_json
 from koala_lab.runs import Store
 from koala_lab.runs.training import RunResult
 
@@ -109,7 +110,7 @@ def test_committed_results_count_as_done(store: Store, trained: list[RunConfig])
 def test_committed_results_keep_the_key_they_were_made_with(store: Store) -> None:
     stale = result_of(CONFIG)
     record = stale.to_json() | {"key": "0123456789abcdef"}  # another version of the algorithm, or other data
-    runs.write_json(runs.results_file("desktop", "x"), {"runs": [record]})
+    write_json(runs.results_file("desktop", "x"), {"runs": [record]})
     assert store.get(CONFIG.key) is None
     assert store.get("0123456789abcdef") is not None
 
@@ -132,7 +133,7 @@ def test_merging_keeps_runs_on_another_copy_of_the_data(store: Store) -> None:
     file = runs.results_file("paper", "x")
     copy = RunResult("00aa", CONFIG, "done", ({"test_error": 1.0},), None, {"data": {"tag": "unverified: content 12"}})
     gone = RunResult("00bb", CONFIG.but(epochs=9), "done", (), None, {"data": {"tag": "unverified: content 12"}})
-    runs.write_json(file, {"runs": [copy.to_json(), gone.to_json()]})
+    write_json(file, {"runs": [copy.to_json(), gone.to_json()]})
     runs.merge_results(file, [CONFIG], [result_of(CONFIG)])
     assert [r.key for r in runs.read_results(file)] == [CONFIG.key, "00aa"]
 

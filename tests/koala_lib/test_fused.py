@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -316,3 +317,15 @@ def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(name: str,
     before = compilations()
     torch.testing.assert_close(trained(torch.compile), plain, rtol=1e-12, atol=1e-12)
     assert compilations() > before
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one kind of vectors")
+def test_the_processor_is_part_of_what_compiled_code_is_found_by() -> None:
+    """Code on disk that AVX-512 made, taken by a processor with AVX2, would compute wrong numbers."""
+    from torch._inductor import config, cpu_vec_isa
+
+    usual = cpu_vec_isa.pick_vec_isa()
+    assert _fused.VARIANTS["options"].keys() == {"cpp.simdlen"}
+    with config.patch(_fused.VARIANTS["options"]):
+        assert cpu_vec_isa.pick_vec_isa() == usual, "the option is to say what is chosen anyway"
+    assert config.cpp.simdlen is None

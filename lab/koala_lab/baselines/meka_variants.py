@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koala_lib.optim._engine.checks import check_choice
-from koala_lib.optim.meka import Meka, _Observed, trusted_value
+from koala_lab.checks import check_known
+from koala_lib.optim.meka import Meka, trusted_value
 
 __all__ = ["MekaPreviousHessian", "MekaWithoutModelError"]
 
@@ -41,11 +41,11 @@ class MekaPreviousHessian(Meka):
         minibatch: str = "previous",
         **options: Any,
     ) -> None:
-        check_choice("minibatch", minibatch, ("previous", "current"))
+        check_known("minibatch", minibatch, ("previous", "current"))
         super().__init__(model, loss_fn, lr, **options)
         self.param_groups[0]["minibatch"] = minibatch
 
-    def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> _Observed:
+    def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> Any:
         options, weights = self.param_groups[0], list(named.values())
         now = self._moments(inputs, targets, named, moves)
         new = inputs.clone(), targets.clone()

@@ -18,6 +18,7 @@ from nbformat import NotebookNode, from_dict
 from papermill.exceptions import PapermillExecutionError  # type: ignore[import-untyped]
 
 from koala_lab import notebook as nb
+from koala_lab.files import write_bytes
 from koala_lab.parameters import from_text, resolve
 
 _METADATA = {
@@ -89,9 +90,8 @@ def _tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook to a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    nbformat.write(notebook, partial)  # type: ignore[no-untyped-call]
-    partial.replace(path)
+    text: str = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
+    write_bytes(path, (text.removesuffix("\n") + "\n").encode())
 
 
 def parameters(path: Path, preset: str, given: Mapping[str, str]) -> dict[str, Any]:

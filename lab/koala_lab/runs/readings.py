@@ -16,7 +16,7 @@ import torch
 
 from koala_lab.config import RunConfig
 from koala_lab.runs.trace import _batches, _meka_step, _training_set
-from koala_lab.runs.training import _Run
+from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Meka
 
 AVERAGED: Final = {"curvature_smoothing": 0.999}
@@ -40,7 +40,7 @@ CONFIG: Final = RunConfig(dataset="digits", model="mlp_100", optimizer="meka", e
 
 def follow(config: RunConfig, steps: int, *, device: str = "cpu") -> tuple[pd.DataFrame, float]:
     """Train MEKA for some steps; what its filter said at each, and the loss over the training set afterwards."""
-    run = _Run(config, torch.device(device))
+    run = TrainingRun(config, torch.device(device))
     optimizer = run.optimizers["network"]
     assert isinstance(optimizer, Meka)
     rows = [_meka_step(run, optimizer, batch, False) for batch in islice(_batches(run), steps)]

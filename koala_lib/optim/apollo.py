@@ -303,14 +303,14 @@ class Apollo(CheckedOptimizer):
     def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float]:
         """Return what a step needs and the epsilon of (8), and count the step."""
         group, counts = bucket.group, bucket.kept["step"]
-        t = torch.stack(counts)
-        torch._foreach_add_(counts, counts[0].new_ones(()))
-        numbers = None if bucket.compiled else scalars(t)
-        if isinstance(numbers, list):
-            at = {n: self._rates(group, n) for n in set(numbers)}
-            mean_rates, rates, decays = (list(column) for column in zip(*(at[n] for n in numbers), strict=True))
+        numbers = [scalars(count) for count in counts]
+        if bucket.compiled or isinstance(numbers[0], Tensor):
+            t = torch.stack(counts).to(scalar_dtype(counts[0].device))
+            mean_rates, rates, decays = self._rates(group, t)
         else:
-            mean_rates, rates, decays = self._rates(group, t.to(scalar_dtype(t.device)))
+            at = {t: self._rates(group, t) for t in set(numbers)}
+            mean_rates, rates, decays = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
+        torch._foreach_add_(counts, counts[0].new_ones(()))
         stored = group["decoupled_weight_decay"]
         tensors = _Tensors(
             params=bucket.shards,

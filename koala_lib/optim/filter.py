@@ -142,7 +142,6 @@ class LossFilter(ScalarFilter):
             for group in self.param_groups:
                 group["predicted"] = True
 
-    @torch.no_grad()
     def observe(self, losses: Tensor | float) -> None:
         """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
 
@@ -161,7 +160,7 @@ class LossFilter(ScalarFilter):
             )
         if not isinstance(losses, (Tensor, float, int)):
             raise TypeError(f"losses must be a tensor or a float, got {losses!r} ({type(losses).__name__})")
-        losses = torch.as_tensor(losses)
+        losses = torch.as_tensor(losses).detach()
         if not losses.is_floating_point():
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
         if losses.numel() == 0:

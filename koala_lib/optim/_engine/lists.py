@@ -19,8 +19,8 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
 
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Half precision as float32, the rest as it is."""
-    return [t.float() if t.dtype in HALF else t for t in tensors]
+    """Half precision as float32, the rest as it is; tensors of one dtype."""
+    return [t.float() for t in tensors] if tensors and tensors[0].dtype in HALF else list(tensors)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:

@@ -169,11 +169,12 @@ class Passes:
                 together.append(p)
                 rooms[kind] = together, room - size
             for i, together in enumerate(lists):
+                states = [optimizer.state[p] for p in together] if kept else []
                 try:
-                    state = {name: [optimizer.state[p][name] for p in together] for name in kept}
+                    state = {name: [of_p[name] for of_p in states] for name in kept}
                 except KeyError:  # of a new parameter
                     optimizer._initialise()
-                    state = {name: [optimizer.state[p][name] for p in together] for name in kept}
+                    state = {name: [of_p[name] for of_p in states] for name in kept}
                 shards, grads = together, [p.grad for p in together] if observed else []
                 if self.sharded:
                     shards, grads = local(together), local_gradients(together) if observed else []
@@ -273,14 +274,14 @@ class KoalaPasses(Passes):
                 average_rate=average_rate or None,
             )
             if squared is not None:
-                squared = times_shards(squared, bucket.params) if self.sharded else squared
-                drifts.append(squared.sum().to(self.filter.device))
+                drifts.append(squared.to(self.filter.device))
         if not drifts:
             return 0.0
-        drift = sum(drifts[1:], drifts[0])
+        drift = torch.cat(drifts) if len(drifts) > 1 else drifts[0]
         if self.sharded:
-            drift = mean_over_ranks(drift, self.ranks)
-        return scalars(drift) * (1 - average_rate) ** 2
+            drift = times_shards(drift, [p for bucket in self.buckets for p in bucket.params])
+            drift = mean_over_ranks(drift.sum(), self.ranks)
+        return scalars(drift.sum()) * (1 - average_rate) ** 2
 
     def observe(self, losses: Sequence[Scalar], *, least: float | None, together: bool) -> Observation:
         """Read losses and norms of the gradients; nothing is changed.
@@ -307,7 +308,7 @@ class KoalaPasses(Passes):
             losses, norms = self._joined(losses, norms)
         total, squares, count = losses
         raw = norms[0] if decays else norms
-        norm = scalars(raw.sum() if least is None else raw.max()) ** 0.5
+        norm = raw.sum() if least is None else raw.max()
         part, lr = 1.0, self.buckets[0].group["lr"]
         if least is not None:
             part = raw.sqrt() >= least
@@ -321,7 +322,8 @@ class KoalaPasses(Passes):
         blocks = [columns]
         if isinstance(columns[0], list):
             blocks = list(zip(*(c if isinstance(c, list) else [c] * len(squared) for c in columns), strict=True))
-        return Observation(total / count, squares / count, norm, scalars(squared.max()), blocks)
+        norm, largest = scalars(torch.stack([norm, squared.max()]))
+        return Observation(total / count, squares / count, norm**0.5, largest, blocks)
 
     def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
         """Means of losses and norms over the ranks, in one collective, of whole tensors."""

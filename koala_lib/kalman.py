@@ -71,7 +71,7 @@ def condition_momentum(P: MomentumCovariance, squared_norm: Tensor, measurement_
     With eta = |g|^2 / S: A = A^ - eta A^^2 = R/S A^,  C = C^ - eta A^ C^ = R/S C^,  B = B^ - eta C^^2.
     """
     A, C, B = P
-    S = innovation_variance(A, squared_norm, measurement_noise)
+    S = A * squared_norm + measurement_noise
     shrink = measurement_noise / S
     return MomentumCovariance(
         variance=A * shrink,

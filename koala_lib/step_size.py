@@ -153,19 +153,19 @@ def pi_step(change: PredictedChange, max_step_size: float) -> Tensor:
     start = torch.where(b > 0, _above_convex(k, s, p, q, c), _above_concave(-k, s, p, q, c))
     # N(start z) / a and its derivative as polynomials in z, which starts at 1. Where s = p = q = 0, N is zero
     # everywhere and z stays 1: `tiny` avoids 0 / 0.
-    c0, c1, c3, c4 = 2 * s, 2 * k * s * start, k * p * start**3 / 2, q * start**4 / 4
+    c0, c1, c3, c4 = -2 * s, 2 * k * s * start, k * p * start**3 / 2, q * start**4 / 4
     d1, d3, d4 = c1 + torch.finfo(c1.dtype).tiny, 3 * c3, 4 * c4
     c6 = None if c is None else 2 * c * start**6
     z = torch.ones_like(start)
     for _ in range(_NEWTON_STEPS if c6 is None else _NEWTON_STEPS_THIRD_ORDER):
         square = z * z
-        value = ((c4 * z + c3) * square + c1) * z - c0
-        rise = (d4 * z + d3) * square + d1
+        value = torch.addcmul(c0, torch.addcmul(c1, torch.addcmul(c3, c4, z), square), z)
+        rise = torch.addcmul(d1, torch.addcmul(d3, d4, z), square)
         if c6 is not None:
             ratio = k * start * z / 4
             value = value + c6 * z**6 * (1 - ratio)
             rise = rise + c6 * z**5 * (6 - 7 * ratio)
-        z = z - value / rise
+        z = torch.addcdiv(z, value, rise, value=-1)
     return _guard(start * z, a, max_step_size)
 
 

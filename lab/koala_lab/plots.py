@@ -175,7 +175,7 @@ def curves(
     """Learning curves: every run thin, the mean over seeds thick.
 
     Args:
-        data: What `koala_lab.runs.curves` returns: one row per run, epoch and metric.
+        data: What `Notebook.curves` returns: one row per run, epoch and metric.
         metric: The one to draw.
         hue: Column of the methods.
         colours: As in :func:`seeds`.
@@ -195,32 +195,6 @@ def curves(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     return ax
-
-
-def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """Draw a table, two panels per data set in its order: test error of every seed, training loss by epoch.
-
-    Args:
-        table: What `koala_lab.runs.table` returns.
-        losses: What `koala_lab.runs.curves` returns.
-        by: Column of both that names the rows of the table.
-        colours: Colour of each row, in the table's order.
-
-    Returns:
-        The figure.
-    """
-    names = list(dict.fromkeys(table["dataset"]))
-    fig, axes = plt.subplots(len(names), 2, figsize=(12, 3.6 * len(names)), squeeze=False)
-    for (left, right), name in zip(axes, names, strict=True):
-        here = table[table["dataset"] == name]
-        seeds(here, x=by, y="test_error", order=list(colours), colours=colours, ax=left)
-        curves(losses[losses["dataset"] == name], metric="train_loss", hue=by, colours=colours, ax=right)
-        left.set(title=f"{name}, n = {here['seed'].nunique()} seeds", ylabel="top-1 test error (%)")
-        left.tick_params(axis="x", rotation=25)
-        right.set(title=name, ylabel="training loss (nats)")
-        log_y(right)
-        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    return fig
 
 
 def row_colours(rows: Sequence[str]) -> dict[str, str]:
@@ -305,8 +279,9 @@ def _dots(
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
         inside, beyond = values[values <= end], values[values > end]
         ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
-        ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
-        if not len(beyond):
+        if len(beyond):  # an empty line that is not clipped would disturb the layout
+            ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
+        else:
             mean, half = interval(values)
             ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
     if limit is not None:

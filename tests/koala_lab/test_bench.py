@@ -308,7 +308,9 @@ def test_one_filter_in_two_groups_counts_once() -> None:
 def test_what_is_compared_with_the_moments_is_the_same_quantity(network: str) -> None:
     torch.manual_seed(0)
     jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 3))
-    gradient, product, structured, vmap = (jobs[method]() for method in bench_meka.METHODS)
+    gradient, product, structured, along, vmap = (jobs[method]() for method in bench_meka.METHODS)
+    for field in ("slope_variance", "curvature", "curvature_variance"):
+        torch.testing.assert_close(getattr(along, field), getattr(vmap, field), rtol=1e-3, atol=0)
     for moments in (structured, vmap):
         for mean, expected in ((moments.gradient, gradient), (moments.hvp, product)):
             largest = max(float(t.abs().max()) for t in expected)
@@ -331,13 +333,13 @@ def test_moments_are_compared_in_the_same_round(clock: Clock, monkeypatch: pytes
 
             return run
 
-        return {name: job(factor) for name, factor in zip(bench_meka.METHODS, (1.0, 2.0, 3.0, 4.0), strict=True)}
+        return {name: job(factor) for name, factor in zip(bench_meka.METHODS, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)}
 
     monkeypatch.setattr(bench_meka, "moment_jobs", jobs)
     rows = bench_meka.moments("mlp_100", 2, rounds=3, seconds=0.0)
     assert [r["method"] for r in rows] == list(bench_meka.METHODS)
-    assert [r["ratio_q1"] for r in rows] == [r["ratio_q3"] for r in rows] == [1.0, 2.0, 3.0, 4.0]
-    assert [r["ms"] for r in rows] == [2000.0, 4000.0, 6000.0, 8000.0]
+    assert [r["ratio_q1"] for r in rows] == [r["ratio_q3"] for r in rows] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [r["ms"] for r in rows] == [2000.0, 4000.0, 6000.0, 8000.0, 10000.0]
 
 
 def test_memory_of_structured_moments_grows_with_the_activations_alone() -> None:

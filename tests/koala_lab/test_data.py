@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import http.server
 import os
 import struct
 import tarfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -442,23 +440,7 @@ def test_unknown_name_suggests(folder: Path) -> None:
             call("cifar-10")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Any:
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield tmp_path / "served", f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def test_download(folder: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download(folder: Path, tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the network is allowed here, but only to this server
     monkeypatch.setenv("KOALA_DATA", str(folder))
     monkeypatch.setattr(paths, "raw_dir", lambda: tmp_path / "raw")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import http.server
 import io
 import math
 import os
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -388,21 +383,6 @@ def test_sizes_of_the_published_texts(name: str, sizes: tuple[int, ...]) -> None
         pytest.skip(f"no copy of {name} in KOALA_DATA")
     text = data.load(name)
     assert (len(text.train), len(text.validation), len(text.test), len(text.vocabulary)) == sizes
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield tmp_path / "served", f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
 
 
 def test_download_under_another_name(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from koala_lib import KoalaM
-from koala_lib.optim._engine.lists import squared_norms
+from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
     Case,

@@ -19,14 +19,28 @@ from koala_lab import models
 from koala_lab.bench.timing import Row, interleave, spread
 from koala_lab.bench.traffic import peak
 from koala_lab.checks import check_known
-from koala_lib.moments import sample_moments
+from koala_lib.moments import observe, sample_moments
 from koala_lib.optim import Meka
 
 NETWORKS: Final[dict[str, tuple[int, int]]] = {"mlp_100": (1, 28), "cnn_3c3d": (3, 32), "resnet32_gn": (3, 32)}
 BATCH_SIZES: Final = (32, 64, 128)
 GRADIENT: Final = "plain gradient"
 TURN: Final = 0.02  # seconds; a gradient of the MLP takes less than one millisecond
-METHODS: Final = (GRADIENT, "batch HVP", "structured", "vmap")
+METHODS: Final = (GRADIENT, "batch HVP", "structured", "along", "vmap")
+
+# What 128 samples on one thread are to cost at most: all moments and a pass along a direction beside a plain gradient,
+# a step with a self-chosen step size beside one of SGD.
+GOALS: Final[dict[tuple[str, str], float]] = {
+    ("cnn_3c3d", "structured"): 2.9,
+    ("cnn_3c3d", "along"): 1.4,
+    ("cnn_3c3d", "pi"): 4.2,
+    ("mlp_100", "structured"): 4.0,
+    ("mlp_100", "along"): 1.8,
+    ("mlp_100", "pi"): 6.5,
+    ("resnet32_gn", "structured"): 4.0,
+    ("resnet32_gn", "along"): 1.6,
+    ("resnet32_gn", "pi"): 6.5,
+}
 # Moves the weights a little: with next to none, products with the displacement would be so small that a processor
 # treats them in its slow way.
 LR: Final = 1e-3
@@ -54,7 +68,8 @@ def _sgd(network: nn.Module) -> Step:
 STEPPERS: Final[dict[str, Callable[[nn.Module], Step]]] = {
     "sgd": _sgd,
     "fixed": lambda network: Meka(network, cross_entropy, LR, step_size="constant").step,
-    "pi": lambda network: Meka(network, cross_entropy, LR, step_size="pi").step,
+    "pi": lambda network: Meka(network, cross_entropy, LR, step_size="pi", variances="directional").step,
+    "pi, means": lambda network: Meka(network, cross_entropy, LR, step_size="pi").step,
 }
 
 
@@ -72,7 +87,10 @@ def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Modu
 
 
 def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Any]]:
-    """Return what :func:`moments` compares, by the names of ``METHODS``, on one direction."""
+    """Return what :func:`moments` compares, by the names of ``METHODS``, on one direction.
+
+    "along" is one pass of tangents after the moments were taken: slope and curvature with their variances.
+    """
     direction = {name: 1e-3 * torch.randn_like(p) for name, p in network.named_parameters()}
     params = list(network.parameters())
 
@@ -86,7 +104,9 @@ def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     def moments(method: str) -> Callable[[], object]:
         return lambda: sample_moments(network, cross_entropy, images, labels, direction, method=method)
 
-    return dict(zip(METHODS, (gradient, product, moments("structured"), moments("vmap")), strict=True))
+    along = observe(network, cross_entropy, images, labels, direction).along
+    jobs = gradient, product, moments("structured"), lambda: along(direction), moments("vmap")
+    return dict(zip(METHODS, jobs, strict=True))
 
 
 def moments(
@@ -106,7 +126,8 @@ def moments(
 
     Returns:
         One row by ``METHODS``: ``ms`` and ``ratio`` to the plain gradient in the same round, with quartiles; ``peak``,
-        bytes of new tensors alive at once, of which kernels' own buffers are not seen; ``weights``, bytes of those.
+        bytes of new tensors alive at once, of which kernels' own buffers are not seen; ``weights``, bytes of those;
+        ``goal`` for the ratio, where there is one.
     """
     torch.manual_seed(0)
     model, images, labels = problem(network, batch_size, device=device)
@@ -120,8 +141,14 @@ def moments(
         | spread("ms", (1e3 * s for s in t))
         | spread("ratio", (a / b for a, b in zip(t, times[GRADIENT], strict=True)))
         | {"peak": peaks[name]}
+        | goal(network, name, batch_size)
         for name, t in times.items()
     ]
+
+
+def goal(network: str, name: str, batch_size: int) -> Row:
+    """Return the column ``goal`` of a row that has one."""
+    return {"goal": GOALS[network, name]} if batch_size == 128 and (network, name) in GOALS else {}
 
 
 def flops(job: Callable[[], object]) -> int:
@@ -161,6 +188,7 @@ def steps(
         rows += [
             {**shared, "optimizer": name, "ms": 1e3 * statistics.median(t)}
             | {"ratio": statistics.median(a / b for a, b in zip(t, times["sgd"], strict=True))}
+            | goal(network, name, batch_size)
             for name, t in times.items()
         ]
     return rows

@@ -19,7 +19,6 @@ from koala_lab.claims.scoreboard import (
     save,
     saved,
     scoreboard,
-    table,
     write_verdicts,
 )
 from koala_lab.claims.statistics import interval
@@ -29,5 +28,5 @@ __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
     "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
     "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "read_verdicts", "replace_block",
-    "save", "saved", "scoreboard", "table", "write_verdicts",
+    "save", "saved", "scoreboard", "write_verdicts",
 ]  # fmt: skip

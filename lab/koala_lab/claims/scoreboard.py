@@ -6,10 +6,8 @@ import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-
-import pandas as pd
 
 from koala_lab import paths
 from koala_lab.claims.judge import MIXED, NOT_RUN, STATUSES, Verdict, available, find, load
@@ -49,9 +47,9 @@ def lines(verdicts: Sequence[Verdict], claims: Sequence[Claim] = (), preset: str
     for (at, status, why), count in rest.items():
         if count:
             texts.append(_wrap(f"{_at(at)}: {count} {status}{': ' + why if why else ''}", ""))
-    if claims:
+    if preset:
         texts.append(f"{len(claims)} claims in all")
-    return "\n".join(texts) or "nothing judged"
+    return "\n".join(texts) or "nothing judged yet"
 
 
 def _at(preset: str) -> str:
@@ -72,13 +70,6 @@ def _sentence(v: Verdict) -> str:
 
 def _wrap(text: str, indent: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "    ", break_on_hyphens=False)
-
-
-def table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """One row per verdict, for ``print(table(verdicts).to_string())``."""
-    names = ["claim_id", "preset", "paper", "measured", "n", "status", "detail"]
-    frame = pd.DataFrame([asdict(v) for v in verdicts], columns=[field.name for field in fields(Verdict)])[names]
-    return frame.rename(columns={"claim_id": "claim", "status": "verdict"}).set_index("claim")
 
 
 # ---- files

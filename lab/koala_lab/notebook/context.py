@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala_lab import paths
-from koala_lab.notebook.files import Declared, declared_grid, declared_in, overrides, seeds_of
+from koala_lab.notebook.files import Declared, declared_grid, declared_in, overrides, preset_file, seeds_of
 from koala_lab.parameters import Parameter, declared, resolve
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Notebook:
 
     # ---- runs and tables
 
-    def run(self, grid: Grid | Sequence[RunConfig], pilot: Grid | None = None) -> Any:
+    def run(self, grid: Grid, pilot: Grid | None = None) -> pd.DataFrame:
         """Train what the store does not have, and return the table of all runs.
 
         Args:
@@ -167,13 +167,10 @@ class Notebook:
 
         Returns:
             A tidy table, see `runs.frame`: ``row``, ``dataset``, ``model``, ``seed``, ``candidate``, ``key``,
-            ``status``, the settings and the final metrics, NaN for a failed run. (For a list of configurations, as
-            notebooks without row names have it, the list of their results.)
+            ``status``, the settings and the final metrics, NaN for a failed run.
         """
         from koala_lab import runs
 
-        if not isinstance(grid, Mapping):
-            return self._train(grid)
         results = self._train(runs.expand(grid, seeds_of(self.params), pilot))
         return runs.frame(grid, results, pilot)
 
@@ -200,34 +197,36 @@ class Notebook:
         print(f"{len(results)} runs: {len(results) - failed} done, {failed} failed")
         return results
 
-    def stored(self, preset: str) -> Any:
+    def stored(self, preset: str) -> pd.DataFrame:
         """The table of the committed results of another preset; empty where there are none yet.
 
         Rows get their names from the grid cell evaluated at that preset; results on another copy of the data are
         matched by configuration, and column ``data`` says so.
 
         Returns:
-            As `run`. (For a notebook without row names, the list of results.)
+            As `run`.
+
+        Raises:
+            ValueError: If the notebook has no grid.
         """
         from koala_lab import runs
 
         results = runs.read_results(runs.results_file(preset, self.name))
         self._results |= {r.key: r for r in results}
         declared = self._declared(preset)
-        if declared is None or not declared.named:
-            return results
         table = runs.frame(declared.grid, results, declared.pilot)
         wanted = len(runs.expand(declared.grid, declared.seeds, declared.pilot))
         where = "; ".join(sorted({str(r.provenance.get("device", "")) for r in results}))
         print(f"{preset}: {table['key'].nunique()} of {wanted} runs stored" + (f", {where}" if where else ""))
         return table
 
-    def _declared(self, preset: str) -> Declared | None:
+    def _declared(self, preset: str) -> Declared:
         path = paths.notebooks() / f"{self.name}.ipynb"
-        try:
-            return declared_grid(path, preset)
-        except ValueError:  # a preset that the notebook does not have, so that there is nothing stored either
-            return declared_grid(path)
+        has = preset == "quick" or preset_file(self.name, preset).exists()
+        declared = declared_grid(path, preset if has else "quick")  # without the preset nothing is stored either
+        if declared is None:
+            raise ValueError(f"{self.name} has no cell tagged 'grid', so it has no runs")
+        return declared
 
     def results(self, frame: pd.DataFrame) -> list[RunResult]:
         """The runs of a table, each once, with what does not fit into it: provenance, pictures, epochs."""

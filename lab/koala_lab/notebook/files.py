@@ -16,6 +16,7 @@ from koala_lab.parameters import PRESETS, Parameter, declared, resolve
 
 if TYPE_CHECKING:
     from koala_lab.config import RunConfig
+    from koala_lab.runs import Grid
 
 
 def name_of(path: Path) -> str:
@@ -96,14 +97,9 @@ def overrides(path: Path, preset: str) -> dict[str, Any]:
 class Declared(NamedTuple):
     """What the grid cell of a notebook assigns, and the seeds of its parameters."""
 
-    grid: Any
-    pilot: Any
+    grid: Grid
+    pilot: Grid
     seeds: range
-
-    @property
-    def named(self) -> bool:
-        """Whether rows have names; a list of configurations is the old way, seeds and all."""
-        return isinstance(self.grid, Mapping)
 
 
 def declared_grid(path: Path, preset: str = "quick") -> Declared | None:
@@ -117,8 +113,8 @@ def declared_grid(path: Path, preset: str = "quick") -> Declared | None:
         return None
     namespace = resolve(declared_in(path), overrides(path, preset))
     exec(compile(source, f"{path}, grid cell", "exec"), namespace)
-    if "grid" not in namespace:
-        raise ValueError(f"{path}: the grid cell does not assign 'grid'")
+    if not isinstance(namespace.get("grid"), Mapping):
+        raise ValueError(f"{path}: the grid cell does not assign 'grid', a mapping of rows to configurations")
     return Declared(namespace["grid"], namespace.get("pilot", {}), seeds_of(namespace))
 
 
@@ -138,6 +134,4 @@ def grid_of(path: Path, preset: str = "quick") -> list[RunConfig]:
     from koala_lab.runs import expand
 
     declared = declared_grid(path, preset)
-    if declared is None:
-        return []
-    return expand(declared.grid, declared.seeds, declared.pilot) if declared.named else list(declared.grid)
+    return expand(declared.grid, declared.seeds, declared.pilot) if declared else []

@@ -7,14 +7,13 @@ from koala_lab.runs.store import (
     results_file,
     run_all,
 )
-from koala_lab.runs.tables import Grid, curves, expand, frame, learning_curves, summary, table
+from koala_lab.runs.tables import Grid, expand, frame, learning_curves, summary
 from koala_lab.runs.training import RunResult, train
 
 __all__ = [
     "Grid",
     "RunResult",
     "Store",
-    "curves",
     "expand",
     "frame",
     "learning_curves",
@@ -23,6 +22,5 @@ __all__ = [
     "results_file",
     "run_all",
     "summary",
-    "table",
     "train",
 ]

@@ -160,32 +160,3 @@ def summary(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     if failed.any():
         columns["runs", "failed"] = failed
     return pd.DataFrame(columns)
-
-
-# ---- tables without row names, for notebooks whose grid is still a list ------------------------------------------
-
-
-def _columns(result: RunResult) -> dict[str, Any]:
-    fields = result.config.to_dict()
-    arguments: dict[str, Any] = fields.pop("optimizer_args")
-    return fields | arguments | {"key": result.key, "status": result.status}
-
-
-def table(results: Iterable[RunResult]) -> pd.DataFrame:
-    """One row per run: its configuration (optimizer arguments as columns), status and final metrics (NaN if failed)."""
-    import pandas as pd
-
-    return pd.DataFrame([_columns(r) | r.final for r in results])
-
-
-def curves(results: Iterable[RunResult]) -> pd.DataFrame:
-    """Tidy learning curves: one row per run, epoch (from 1) and metric, in column ``value``."""
-    import pandas as pd
-
-    rows = [
-        _columns(r) | {"epoch": i, "metric": metric, "value": value}
-        for r in results
-        for i, metrics in enumerate(r.epochs, start=1)
-        for metric, value in metrics.items()
-    ]
-    return pd.DataFrame(rows)

@@ -231,15 +231,6 @@ def mean_drift(
     return ((mean_gain * _residual(losses, target_risk))[:, None] * gradients).mean(0)
 
 
-def small_gain_drift(losses: Tensor, gradients: Tensor, *, target_risk: str) -> Tensor:
-    """Return the limit of :func:`mean_drift` / P^ x R for P^ |g|^2 << R; arguments as there.
-
-    (a): E[g_k], the gradient of the mean loss. (b): E[L_k g_k], half the gradient of the mean *squared* minibatch loss,
-    so that is what target (b) minimises.
-    """
-    return (_residual(losses, target_risk)[:, None] * gradients).mean(0)
-
-
 class Rest(NamedTuple):
     """A point where a one-dimensional drift vanishes; it attracts where the drift increases."""
 

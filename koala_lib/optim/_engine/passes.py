@@ -208,9 +208,6 @@ def _advance(
     return squared
 
 
-_squared_norms = CompiledPass(squared_norms)
-
-
 @CompiledPass
 def _observe(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
     """Rows |g|^2, |h|^2 and |x|^2 of every tensor, (3, n)."""
@@ -300,7 +297,7 @@ class KoalaPasses(Passes):
                 )
                 norms[2] *= weight_decay / 2
             else:
-                norms = (_squared_norms if bucket.compiled else squared_norms)(tensors=bucket.grads)
+                norms = squared_norms(bucket.grads)
                 norms = torch.stack([norms, norms, torch.zeros_like(norms)]) if decays else norms
             rows.append(norms.to(self.filter.device))
         norms = torch.cat(rows, -1) if len(rows) > 1 else rows[0]
@@ -357,16 +354,18 @@ class KoalaPasses(Passes):
         for bucket in self.buckets:
             start, end = end, end + len(bucket.params)
             factors = [None if v is None else v[start:end] for v in vectors]
+            decay = (weight_decay and bucket.group["weight_decay"]) or None
+            compiled = bucket.compiled and (masked or decay is not None)  # else there is nothing to fuse
             if masked:
                 factors = [None if v is None else v.to(bucket.params[0].device) for v in factors]
-            elif bucket.compiled:
+            elif compiled:
                 factors = [None if v is None else self.filter.new_tensor(v) for v in factors]
-            (_correct if bucket.compiled else _correct.plain)(
+            (_correct if compiled else _correct.plain)(
                 params=bucket.shards,
                 velocities=bucket.kept.get("velocity", []),
                 averages=bucket.kept.get("average", []),
                 grads=bucket.grads,
-                weight_decay=(weight_decay and bucket.group["weight_decay"]) or None,
+                weight_decay=decay,
                 observed=observed.to(bucket.params[0].device) if masked else None,
                 steps=factors[0],
                 velocity_steps=factors[1],

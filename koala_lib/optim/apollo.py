@@ -19,7 +19,17 @@ from koala_lib.optim._engine.checks import (
 )
 from koala_lib.optim._engine.compiled import CompiledPass
 from koala_lib.optim._engine.lists import HALF, scalar_dtype, wide
-from koala_lib.optim._engine.passes import Bucket, Passes, Scalars, add, average, decayed, scalars, squared_norms, subtract_quotients
+from koala_lib.optim._engine.passes import (
+    Bucket,
+    Passes,
+    Scalars,
+    add,
+    average,
+    decayed,
+    scalars,
+    squared_norms,
+    subtract_quotients,
+)
 from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
 
 __all__ = ["Apollo"]
@@ -86,7 +96,7 @@ def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Sca
 
 def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
     """Return the factor of d^2 in (8), (d^T y + d^T B d) / (|d|_4 + eps)^4, from the sums; 0 without a direction."""
-    sqrt = math.sqrt if isinstance(fourth_power, float) else torch.sqrt
+    sqrt: Any = math.sqrt if isinstance(fourth_power, float) else torch.sqrt
     root = sqrt(sqrt(fourth_power)) + eps
     scale = (root * root) * (root * root)
     return rate * excess / (scale + (scale == 0))
@@ -99,9 +109,7 @@ def _factors(excess: Tensor, fourth_powers: Tensor, rates: Scalars, eps: float) 
     return _factor(excess.to(fourth_powers.dtype), fourth_powers, rates, eps)
 
 
-def _update_curvatures(
-    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float
-) -> None:
+def _update_curvatures(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float) -> None:
     """Change B in place, with y = a z; d and z are overwritten."""
     factors = _factors(*_sums(curvatures, d, z, rates), rates, eps)
     add(curvatures, d, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
@@ -265,7 +273,8 @@ class Apollo(CheckedOptimizer):
         for bucket in weights.buckets:
             t, eps = self._tensors(bucket)
             if bucket.compiled:
-                _apply(**t._asdict(), factors=_factors(*_observe(**t._asdict()), t.mean_rates, eps))
+                excess, fourth_powers = _observe(**t._asdict())
+                _apply(**t._asdict(), factors=_factors(excess, fourth_powers, t.mean_rates, eps))
             else:
                 g, d = _gradients(t), _directions(t)
                 z = list(torch._foreach_sub(g, t.means))  # y = m_{t+1} - m_t = a z
@@ -282,7 +291,8 @@ class Apollo(CheckedOptimizer):
         whole = mean_over_ranks(here, weights.ranks)
         parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
         for (compiled, t, eps), part in zip(buckets, parts, strict=True):
-            factors = _factors(*part, t.mean_rates, eps)
+            excess, fourth_powers = part
+            factors = _factors(excess, fourth_powers, t.mean_rates, eps)
             (_apply if compiled else _apply.plain)(**t._asdict(), factors=factors)
 
     def _initialise(self) -> None:

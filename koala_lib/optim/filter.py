@@ -1,8 +1,8 @@
-"""Filters: the scalars that an optimizer keeps for all weights together, and the protocol predict -> observe -> step."""
+"""Filters: the scalars that an optimizer keeps for all weights, and the protocol predict -> observe -> step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class Losses(NamedTuple):
 
     total: Scalar
     squares: Scalar  # the sum of their squares
-    count: int
+    number: int
 
 
 class LossFilter(ScalarFilter):
@@ -168,7 +168,7 @@ class LossFilter(ScalarFilter):
         values = losses.to(self.param_groups[0]["filter"])
         before = self._observed or Losses(0.0, 0.0, 0)
         total, squares = scalars(values.sum()), scalars(values.square().sum())
-        self._observed = Losses(before.total + total, before.squares + squares, before.count + losses.numel())
+        self._observed = Losses(before.total + total, before.squares + squares, before.number + losses.numel())
         self._observed_dtype = losses.dtype
 
     @torch.no_grad()

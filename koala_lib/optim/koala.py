@@ -109,10 +109,8 @@ class _Koala(LossFilter):
             )
         if adaptive:
             n = sum(p.numel() for group in self.param_groups for p in group["params"])
-            if released:
-                q = kalman.running_average(q, drift**0.5 / n, beta)  # released row 1
-            else:
-                q = drift / n  # q_x^2 = |x_{k-1} - x_avg|^2 / n (24)
+            q_x = drift / n  # |x_{k-1} - x_avg|^2 / n (24)
+            q = kalman.running_average(q, drift**0.5 / n, beta) if released else q_x  # released row 1
         self._write(self._predict_covariance(state, q))
 
     def _predict_covariance(self, state: Any, q: Scalar) -> Any:
@@ -130,7 +128,7 @@ class _Koala(LossFilter):
         missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if not weights.buckets:  # no gradient anywhere
             self._write(missing)
-            return losses.total / losses.count
+            return losses.total / losses.number
         seen = weights.observe(
             losses,
             least=options["min_grad_norm"] if released else None,  # released row 8

@@ -89,20 +89,27 @@ def test_shapes_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert [(r["parameters"], r["tensors"], r["ns"], r["ratio"]) for r in rows] == [(1000, 2, 2.0, 1.0)] * 3
 
 
-@pytest.mark.usefixtures("traced_passes")
 def test_the_second_process_finds_what_the_first_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = []
+    caches, steps = [], []
 
     def check_output(command: list[str], env: dict[str, str], text: bool) -> str:
         caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
-        exec(command[-1])  # the script runs
+        exec(command[-1])
         return f"{10.0 / len(caches)}\n"
 
     monkeypatch.setattr(subprocess, "check_output", check_output)
+    monkeypatch.setattr(bench_fused, "first_step", lambda *given: steps.append(given))
     rows = bench_fused.compile_time("resnet8")
     assert (rows[0]["cold_seconds"], rows[0]["warm_seconds"]) == (10.0, 5.0)
     assert caches[0::2] == caches[1::2]
     assert len(set(caches)) == len(rows)
+    assert steps[0::2] == steps[1::2] == [("resnet8", row["optimizer"], "cpu") for row in rows]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_first_step_of_a_compiled_optimizer_is_timed() -> None:
+    with pytest.warns(UserWarning, match="fused=True needs a working compiler"):
+        assert 0 < bench_fused.first_step("resnet8", "KOALA-V, compiled", "cpu") < 60
 
 
 def test_copying_is_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:

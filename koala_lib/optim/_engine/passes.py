@@ -21,7 +21,6 @@ from koala_lib.optim._engine.sharded import (
     local_gradients,
     mean_over_ranks,
     rank_groups,
-    shard_counts,
     times_shards,
 )
 
@@ -67,12 +66,12 @@ def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> lis
 
 
 def add(
-    tensors: Sequence[Tensor],
-    directions: Sequence[Tensor],
+    tensors: list[Tensor],
+    directions: list[Tensor] | tuple[Tensor, ...],
     factors: Scalars,
     *,
     sign: int = 1,
-    times: Sequence[Tensor] | None = None,
+    times: list[Tensor] | None = None,
 ) -> None:
     """x += sign factor h, or sign factor h t, with a factor for each tensor.
 
@@ -91,7 +90,7 @@ def add(
             x.addcmul_(h, factor, value=sign)
 
 
-def average(averages: Sequence[Tensor], tensors: Sequence[Tensor], rates: Scalars) -> None:
+def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars) -> None:
     """a += rate (x - a), with a rate for each tensor; half precision is computed in float32 and rounded once."""
     if averages[0].dtype in HALF:
         for a, x, rate in zip(averages, tensors, rates, strict=True):
@@ -104,7 +103,7 @@ def average(averages: Sequence[Tensor], tensors: Sequence[Tensor], rates: Scalar
 
 
 def subtract_quotients(
-    tensors: Sequence[Tensor], numerators: Sequence[Tensor], denominators: Sequence[Tensor], rates: Scalars
+    tensors: list[Tensor], numerators: list[Tensor], denominators: list[Tensor], rates: Scalars
 ) -> None:
     """x -= rate m / D, with a rate for each tensor; half precision is computed in float32 and rounded once."""
     if isinstance(rates, list) and tensors[0].dtype not in HALF:
@@ -149,15 +148,18 @@ class Passes:
         if self.sharded and process_group is None:
             self.ranks = rank_groups(p for group in groups for p in group["params"])
         for group in groups:
-            params, lists = group["params"], []
+            params: list[Tensor] = group["params"]
+            lists: list[list[Tensor]] = []
             if observed:
                 params = [p for p in params if p.grad is not None]
-                if any(p.grad.layout is not torch.strided for p in params):
+                if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
                     check_dense(type(optimizer).__name__, params)
             if group["fused"]:
                 lists, params = compiled_lists(params)
             compiled = len(lists)
-            rooms: dict[Any, tuple[list[Tensor], float]] = {}  # the last list of a device and dtype, what it still takes
+            rooms: dict[
+                Any, tuple[list[Tensor], float]
+            ] = {}  # the last list of a device and dtype, what it still takes
             for p in params:
                 size, kind = p.numel(), (p.device, p.dtype)
                 together, room = rooms.get(kind, ([], 0))
@@ -175,7 +177,7 @@ class Passes:
                 except KeyError:  # of a new parameter
                     optimizer._initialise()
                     state = {name: [of_p[name] for of_p in states] for name in kept}
-                shards, grads = together, [p.grad for p in together] if observed else []
+                shards, grads = together, [p.grad for p in together if p.grad is not None] if observed else []
                 if self.sharded:
                     shards, grads = local(together), local_gradients(together) if observed else []
                     state = {name: local(tensors) for name, tensors in state.items()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from koala_lab import paths
-from koala_lib.optim import apollo
+from koala_lib.optim import apollo, filter, koala
 from koala_lib.optim._engine import compiled, passes
 from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.sandbox import Project
@@ -71,6 +71,13 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (each for module in (passes, apollo) for each in vars(module).values()):
         if isinstance(step, CompiledPass):
             monkeypatch.setattr(step, "_compiled", None)
+
+
+@pytest.fixture
+def kept_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalars stay tensors, as on an accelerator, where reading them would wait for it."""
+    for module in (passes, koala, apollo, filter):
+        monkeypatch.setattr(module, "scalars", lambda values: values)
 
 
 @pytest.fixture

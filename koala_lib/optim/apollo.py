@@ -320,7 +320,7 @@ class Apollo(CheckedOptimizer):
         else:
             at = {t: self._rates(group, t) for t in set(numbers)}
             mean_rates, rates, decays = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
-        torch._foreach_add_(counts, counts[0].new_ones(()))
+        torch._foreach_add_(counts, counts[0].new_ones(()), alpha=1)  # without alpha it would be read as a number
         stored = group["decoupled_weight_decay"]
         tensors = _Tensors(
             params=bucket.shards,
@@ -345,8 +345,9 @@ class Apollo(CheckedOptimizer):
             lr = scalars(lr.reshape(()))
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         ramp = start + (end - start) * t / max(steps, 1)
+        warming_up = (t < steps) + 0 * t  # 1 or 0, with the digits of t
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        eta = (ramp * (t < steps) + lr * (t >= steps)) * (lr != 0)
+        eta = (ramp * warming_up + lr * (1 - warming_up)) * (lr != 0)
         return (1 - beta) / (1 - beta ** (t + 1)), eta, eta * group["weight_decay"]
 
     # -- groups and state ----------------------------------------------------------------------------------------------

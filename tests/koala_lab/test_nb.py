@@ -312,27 +312,22 @@ def test_a_scale_is_a_presets_only_where_all_parameters_are(
     assert nb.scale_of("koala/21_unsaved", resolve(nb.declared_in(path), values)) == "custom"
 
 
-@pytest.fixture
-def known_claims(project: Project) -> None:
-    (project.root / "data").mkdir()
-    (project.root / "data" / "claims").symlink_to(Path(__file__).resolve().parents[2] / "data" / "claims")
-
-
 CLAIMS_OF = "koala/30_schedules_and_targets"
 
 
 def judged(scale: str) -> nb.Notebook:
     """A context of a real notebook in which everything that has a test at quick is judged."""
     ctx = nb.Notebook(CLAIMS_OF, "quick", {"device": "cpu"}, runs.Store(), scale)
+    evidence: dict[str, dict[str, object]] = {"holds": {"holds": True}, "no_worse": {}}
     for claim in claims.of(CLAIMS_OF):
         if criterion := claim.criterion("quick"):
-            ctx.judge(claim.id, **({"holds": True} if criterion.test == "holds" else {"measured": 0.0}))
+            evidence["no_worse"]["arms"] = {row: {0: 1.0, 1: 2.0} for row in claim.arms}
+            ctx.judge(claim.id, **evidence.get(criterion.test, {"measured": 0.0}))
     return ctx
 
 
-def test_verdicts_print_what_is_decided_and_are_written_for_the_scoreboard(
-    known_claims: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("project")
+def test_verdicts_print_what_is_decided_and_are_written_for_the_scoreboard(capsys: pytest.CaptureFixture[str]) -> None:
     judged("quick").verdicts()
     mine = claims.of(CLAIMS_OF)
     assert {v.claim_id for v in claims.saved()} == {c.id for c in mine if c.criterion("quick")}
@@ -344,7 +339,7 @@ def test_verdicts_print_what_is_decided_and_are_written_for_the_scoreboard(
 
 
 def test_a_custom_run_leaves_verdicts_and_figures_of_the_standard_run_alone(
-    known_claims: None, project: Project, monkeypatch: pytest.MonkeyPatch
+    project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
     standard, custom = judged("quick"), judged("custom")
@@ -359,7 +354,8 @@ def test_a_custom_run_leaves_verdicts_and_figures_of_the_standard_run_alone(
     assert new == {"verdicts.json", "figures/a.png", "figures/a.pdf", "figures/a.json"}
 
 
-def test_a_claim_that_has_a_test_and_was_not_judged_is_an_error(known_claims: None) -> None:
+@pytest.mark.usefixtures("project")
+def test_a_claim_that_has_a_test_and_was_not_judged_is_an_error() -> None:
     ctx = judged("quick")
     ctx._verdicts.pop()
     with pytest.raises(RuntimeError, match=rf"{CLAIMS_OF} does not judge koala\.schedules\.\w+, which have a test"):
@@ -367,9 +363,7 @@ def test_a_claim_that_has_a_test_and_was_not_judged_is_an_error(known_claims: No
 
 
 @pytest.mark.parametrize(("preset", "saved"), [("quick", True), ("paper", False)])
-def test_quick_parameters_under_the_name_of_paper_store_no_verdict(
-    known_claims: None, project: Project, preset: str, saved: bool
-) -> None:
+def test_quick_parameters_under_the_name_of_paper_store_no_verdict(project: Project, preset: str, saved: bool) -> None:
     source = "ctx = run\nctx.judge('koala.text.minibatch_loss_noise', holds=True)\nctx.verdicts()"
     path = project.notebook("koala/40_tiny", source)
     out = project.root / "x.ipynb"

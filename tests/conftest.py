@@ -85,7 +85,7 @@ def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` gives a function that fails when it is called, as on a machine without a compiler."""
 
     def compile(function: Any, **options: Any) -> Any:
-        def fail(*args: Any) -> None:
+        def fail(**arguments: Any) -> None:
             raise RuntimeError("no compiler")
 
         return fail

@@ -351,7 +351,7 @@ def test_a_custom_run_leaves_verdicts_and_figures_of_the_standard_run_alone(
     after = {p: p.read_bytes() for p in project.root.rglob("report/**/*") if p.is_file()}
     assert {p: after[p] for p in before} == before
     new = {p.relative_to(project.root / "report" / "custom" / CLAIMS_OF).as_posix() for p in after.keys() - before}
-    assert new == {"verdicts.json", "figures/a.png", "figures/a.pdf", "figures/a.json"}
+    assert new == {"verdicts.json", *(f"figures/koala/a.{suffix}" for suffix in ("png", "pdf", "json"))}
 
 
 @pytest.mark.usefixtures("project")

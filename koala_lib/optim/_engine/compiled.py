@@ -36,7 +36,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class CompiledPass:
-    """A function of lists of tensors, vectors with a number for each of them, numbers and flags, called compiled.
+    """A function called compiled, of lists of tensors, lists or vectors with a number for each, numbers and flags.
 
     Arguments go by name, the first is a list of tensors in whose memory layout all others must lie. Where that is not
     so, or inside of other compiled code, the function is called as it is; where nothing can compile, after a warning.
@@ -112,6 +112,8 @@ def as_vectors(arguments: dict[str, Any]) -> dict[str, Any] | None:
             argument = torch.full((), argument, dtype=scalar_dtype(device), device=device)
         elif isinstance(argument, Tensor):
             argument = torch.nn.functional.pad(argument, (0, empty)) if argument.dim() and empty else argument.clone()
+        elif isinstance(argument, list) and argument and not isinstance(argument[0], Tensor):
+            argument = torch.tensor(argument + [0.0] * empty, dtype=scalar_dtype(device), device=device)
         elif isinstance(argument, list) and argument:
             flattened = [flat(t, order) for t, order in zip(argument, orders, strict=True)]
             if any(vector is None for vector in flattened):

@@ -360,8 +360,6 @@ class KoalaPasses(Passes):
             compiled = bucket.compiled and (masked or decay is not None)  # else there is nothing to fuse
             if masked:
                 factors = [None if v is None else v.to(bucket.params[0].device) for v in factors]
-            elif compiled:
-                factors = [None if v is None else self.filter.new_tensor(v) for v in factors]
             (_correct if compiled else _correct.plain)(
                 params=bucket.shards,
                 velocities=bucket.kept.get("velocity", []),

@@ -13,7 +13,7 @@ from koala_lab.bench import steps as bench
 from koala_lab.bench.timing import Row
 from koala_lab.bench.traffic import step, traffic
 from koala_lib.optim import apollo
-from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim._engine.compiled import CompiledPass
 
 
 def measured(**ms: float) -> list[Row]:
@@ -57,11 +57,11 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
         group |= {"lr": 0.1} | ({"warmup_steps": 0} if "warmup_steps" in group else {})
     step(optimizer)
     params[0].grad = torch.randn_like(params[0])
-    call = Pass._call_compiled
+    call = CompiledPass._call_compiled
 
-    def counted(self: Any, converted: list[Any], *rest: Any) -> Any:
+    def counted(self: Any, converted: dict[str, Any], *rest: Any) -> Any:
         nonlocal moved
-        tensors = [ts[0] for ts in converted if isinstance(ts, list) and ts]  # the others fill the lists
+        tensors = [ts[0] for ts in converted.values() if isinstance(ts, list) and ts]  # the others fill the lists
         before = [t.clone() for t in tensors]
         result = call(self, converted, *rest)
         unread = self is apollo._observe  # the weights, without a decay in the gradient
@@ -70,7 +70,7 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pass, "_call_compiled", counted)
+        patch.setattr(CompiledPass, "_call_compiled", counted)
         step(optimizer)
     assert moved == bench_fused.MOVED[name]
 

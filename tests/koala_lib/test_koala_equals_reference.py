@@ -185,7 +185,8 @@ def test_every_combination_with_fused(cls: type, weight_decay: float, traced_pas
     for _, options in (r for r in RUNS if r[0] is cls and r[1]["weight_decay"] == weight_decay):
         assert_equal_runs(cls, options, fused=True)
     # Three passes, each for short and long tensors; averages or not, and when they move; a group's weight decay.
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 24
+    least = 2 if cls is KoalaM or weight_decay else 1  # without decay KOALA-V's update is foreach's: nothing to fuse
+    assert least <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 24
 
 
 # Every third of the runs meets every value of every switch, and most pairs of them.

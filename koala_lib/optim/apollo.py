@@ -272,8 +272,11 @@ class Apollo(CheckedOptimizer):
             return loss
         for bucket in weights.buckets:
             t, eps = self._tensors(bucket)
-            if bucket.compiled:
+            compiled = bucket.compiled and CompiledPass.compiler_works is not False
+            if compiled:
                 excess, fourth_powers = _observe(**t._asdict())
+                compiled = CompiledPass.compiler_works is not False  # the first call finds out; nothing has moved yet
+            if compiled:
                 _apply(**t._asdict(), factors=_factors(excess, fourth_powers, t.mean_rates, eps))
             else:
                 g, d = _gradients(t), _directions(t)

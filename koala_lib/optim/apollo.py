@@ -317,7 +317,7 @@ class Apollo(CheckedOptimizer):
         """Return what a step needs and the epsilon of (8), and count the step."""
         group, counts = bucket.group, bucket.kept["step"]
         numbers = [scalars(count) for count in counts]
-        if bucket.compiled or isinstance(numbers[0], Tensor):
+        if isinstance(numbers[0], Tensor):
             t = torch.stack(counts).to(scalar_dtype(counts[0].device))
             mean_rates, rates, decays = self._rates(group, t)
         else:

@@ -21,11 +21,10 @@ def run(
     inputs: Tensor,
     targets: Tensor,
     direction: Mapping[str, Tensor] | None,
-    trainable: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> Spread:
-    """Return mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
-    trainable = {name: p.detach() for name, p in trainable.items()}
+    """Mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     wanted = {name: trainable.pop(name) for name in names}
 
     def loss_of(wanted: Named, others: Named, x: Tensor, y: Tensor) -> Tensor:
@@ -34,29 +33,25 @@ def run(
 
     gradient = grad_and_value(loss_of)
 
-    def sample(x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Named]]:
+    def sample(x: Tensor, y: Tensor) -> tuple[Tensor, list[Named]]:
         if direction is None:
             first, loss = gradient(wanted, trainable, x, y)
-            return [loss], [first]
+            return loss, [first]
         along = tuple({name: direction[name] for name in part} for part in (wanted, trainable))
-        (first, loss), (second, slope) = jvp(lambda w, o: gradient(w, o, x, y), (wanted, trainable), along)  # type: ignore[misc]
-        curvature = torch.stack([(second[name] * d).sum() for name, d in along[0].items()]).sum()
-        return [loss, slope, curvature], [first, second]
+        (first, loss), (second, _) = jvp(lambda w, o: gradient(w, o, x, y), (wanted, trainable), along)  # type: ignore[misc]
+        return loss, [first, second]
 
     size = max(1, CHUNK // max(1, sum(p.numel() for p in wanted.values())))
-    scalars: list[list[Tensor]] = []
+    losses: list[Tensor] = []
     merged: list[_Merged] = []
     for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
-        numbers, parts = vmap(sample, randomness="different")(x, y)
-        scalars.append([number.detach() for number in numbers])
+        loss, parts = vmap(sample, randomness="different")(x, y)
+        losses.append(loss.detach())
         merged = merged or [_Merged() for _ in parts]
         for total, part in zip(merged, parts, strict=True):
             total.add(part)
     first, second = merged[0], merged[1] if direction is not None else _Merged()
-    columns = [torch.cat(column) for column in zip(*scalars, strict=True)]
-    losses, slopes, curvatures = [*columns, None, None][:3]
-    assert losses is not None
-    return Spread(losses, slopes, curvatures, first.mean, first.scatter, second.mean, second.scatter)
+    return Spread(torch.cat(losses), first.mean, first.scatter, second.mean, second.scatter)
 
 
 class _Merged:

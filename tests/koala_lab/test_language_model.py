@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from koala_lab import data, tasks
 from koala_lab.config import RunConfig
-from koala_lab.models import language
 from koala_lab.models.language import LANGUAGE_MODELS, LSTM, Transformer
 from koala_lab.runs import training as train
 from koala_lab.tasks.language_model import COLUMNS, LanguageModel, windows
@@ -182,38 +181,6 @@ def test_an_adaptive_softmax_is_the_likelihood_of_its_tree() -> None:
     assert torch.equal(network(x, y)[0][y < 0], torch.zeros(9)), "what fills up a column costs nothing"
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_an_lstm_without_kernels_for_half_precision_is_computed_in_float32(
-    there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a processor without AVX-512 a run in bfloat16 goes on, and from a state that another one left behind."""
-    if there and not language.has_lstm("cpu", torch.bfloat16):
-        pytest.skip("this processor has no bfloat16 LSTM")
-    network = network_of("lstm", hidden=32)
-    x, y = tokens_of(3, 12)
-    seen: list[torch.dtype] = []
-    network.lstm.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))  # type: ignore[union-attr, operator]
-    exact, (h, c) = network(x, y)
-    follows, _ = network(x, y, (h, c))
-    monkeypatch.setattr(language, "has_lstm", lambda device, dtype: there)
-    with torch.autocast("cpu", torch.bfloat16):
-        nats, state = network(x, y)
-        again, _ = network(x, y, (h.bfloat16(), c.bfloat16()))
-    again.sum().backward()
-    assert seen == [torch.float32] * 2 + [torch.bfloat16 if there else torch.float32] * 2
-    assert {s.dtype for s in state} == {seen[-1]}
-    torch.testing.assert_close(nats, exact, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(again, follows, rtol=0.05, atol=0.05)
-    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
-
-
-def test_asking_for_an_lstm_draws_no_random_numbers() -> None:
-    language.has_lstm.cache_clear()
-    before = torch.get_rng_state()
-    language.has_lstm("cpu", torch.bfloat16)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_an_adaptive_softmax_has_no_weights_to_tie() -> None:
     with pytest.raises(ValueError, match=r"no weights to tie: tied=True with cutoffs=\[4\]"):
         network_of("lstm", embedding=12, tied=True, cutoffs=(4,))
@@ -339,7 +306,7 @@ def test_the_state_is_carried_through_an_epoch_and_starts_anew_with_the_next() -
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    run = train.TrainingRun(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
+    run = train._Run(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():
         for _ in range(3):
@@ -350,7 +317,7 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
 def test_pieces_are_means_of_consecutive_steps() -> None:
     config = TINY.but(task_args={"sequence_length": 16, "pieces": 3}, train_size=1300)  # ten steps
     seen: list[float] = []
-    run = train.TrainingRun(config, torch.device("cpu"))
+    run = train._Run(config, torch.device("cpu"))
     run.task.network.train()
     for window in run.task.batches(0):
         before = run.sums.clone()
@@ -373,7 +340,7 @@ def test_pieces_change_nothing_else() -> None:
 
 def test_metrics_of_the_beginning_of_a_text() -> None:
     task = task_of(TINY.but(task_args={"sequence_length": 16, "evaluation_size": 100}))
-    whole = data.load("pydoc-topics", train_size=1500)
+    whole = data.load_text("pydoc-topics", train_size=1500)
     for part in ("validation", "test"):
         assert torch.equal(getattr(task.data, part), getattr(whole, part)[:100])
     assert torch.equal(task.data.train, whole.train)
@@ -403,9 +370,9 @@ def slow_mean_nats(task: LanguageModel, text: list[int]) -> float:
 
 @each_network
 def test_metrics_against_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = data.load("pydoc-topics")
+    whole = data.load_text("pydoc-topics")
     short = data.TextData(**vars(whole) | {"test": whole.test[:403], "validation": whole.validation[:197]})
-    monkeypatch.setattr(data, "load", lambda *args, **kwargs: short)
+    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: short)
     task = task_of(TINY.but(model=name, model_args=SMALL[name]))
     network = task.network.eval()
     with torch.no_grad():
@@ -447,8 +414,8 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_words_have_no_bits_per_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = data.TextData(**vars(data.load("pydoc-topics", train_size=1500)) | {"unit": "word"})
-    monkeypatch.setattr(data, "load", lambda *args, **kwargs: words)
+    words = data.TextData(**vars(data.load_text("pydoc-topics", train_size=1500)) | {"unit": "word"})
+    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: words)
     task = task_of()
     assert set(task.evaluate(task.network)) == {"test_loss", "perplexity", "validation_loss", "unigram_loss"}
 

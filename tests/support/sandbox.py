@@ -9,7 +9,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from koala_lab.notebook.execute import normal_form
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PARAMETERS = """preset: str = "quick"
 device: str = "cpu"
 seed: int = 0
@@ -19,7 +18,10 @@ widths: list[int] = [1, 2]"""
 
 GRID = """from koala_lab.config import RunConfig
 
-grid = {"sgd": RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1)}"""
+grid = [
+    RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1, seed=seed + i)
+    for i in range(n_seeds)
+]"""
 
 
 class Project:
@@ -27,9 +29,7 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for part in ("notebooks", "data"):
-            (root / part).mkdir()
-        (root / "data" / "claims").symlink_to(REPOSITORY / "data" / "claims")
+        (root / "notebooks").mkdir()
 
     def notebook(self, name: str, *cells: str, grid: bool = False) -> Path:
         """A notebook: parameters cell, start cell, perhaps a grid, then the given code; a last line ``# checked``

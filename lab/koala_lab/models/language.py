@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LANGUAGE_MODELS", "LSTM", "State", "Transformer", "has_lstm"]
+__all__ = ["LANGUAGE_MODELS", "LSTM", "State", "Transformer"]
 
 State = tuple[Tensor, ...]  # what a network remembers from one window of text to the next; empty at the beginning
 
@@ -21,18 +20,26 @@ class LSTM(nn.Module):
     Weights of embedding and output are uniform in ±0.1 and the biases of the output are zero, as in torch's example
     ``word_language_model``; the LSTM has torch's initial weights.
 
-    Args:
-        vocabulary: Number of tokens.
-        embedding, hidden, layers: Sizes.
-        dropout: Probability; on embeddings, between the layers, and before the output.
-        tied: Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
-        cutoffs: Where given, the output is an adaptive softmax (Grave et al., ICML 2017), torch's with its initial
-            weights: the first ``cutoffs[0]`` tokens have the full width, those up to the next cut-off a quarter of it,
-            and so on. It is made for tokens numbered from the most frequent on, and is then faster, not better.
+    Parameters
+    ----------
+    vocabulary
+        Number of tokens.
+    embedding, hidden, layers
+        Sizes.
+    dropout
+        Probability; on embeddings, between the layers, and before the output.
+    tied
+        Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
+    cutoffs
+        Where given, the output is an adaptive softmax (Grave et al., ICML 2017), torch's with its initial weights: the
+        first ``cutoffs[0]`` tokens have the full width, those up to the next cut-off a quarter of it, and so on. It is
+        made for tokens numbered from the most frequent on, and is then faster, not better.
 
-    Raises:
-        ValueError: If ``tied`` is asked for with different sizes or with an adaptive softmax, or for cut-offs that do
-            not increase or do not end below ``vocabulary``.
+    Raises
+    ------
+    ValueError
+        If ``tied`` is asked for with different sizes or with an adaptive softmax, or for cut-offs that do not increase
+        or do not end below ``vocabulary``.
     """
 
     output: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
@@ -69,19 +76,23 @@ class LSTM(nn.Module):
                 self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """Return the negative log-likelihood of the next tokens.
+        """Negative log-likelihood of the next tokens.
 
-        Args:
-            tokens: int64, ``(B, T)``.
-            targets: int64, ``(B, T)``; ``targets[:, t]`` is what comes after ``tokens[:, t]``. Where it is negative,
-                the likelihood is 0.
-            state: What the same rows of the window before left behind.
+        Parameters
+        ----------
+        tokens, targets
+            int64, ``(B, T)``; ``targets[:, t]`` is what comes after ``tokens[:, t]``. Where it is negative, the
+            likelihood is 0.
+        state
+            What the same rows of the window before left behind.
 
-        Returns:
+        Returns
+        -------
+        tuple
             Nats per token, ``(B, T)``, float32; and the state after the last token, ``(layers, B, hidden)`` twice.
         """
         embedded = self.dropout(self.embedding(tokens))
-        hidden, (h, c) = self._recur(embedded, state)
+        hidden, (h, c) = self.lstm(embedded, (state[0], state[1]) if state else None)
         hidden = self.dropout(hidden)
         if isinstance(self.output, nn.Linear):
             return _nats(self.output(hidden), targets), (h, c)
@@ -91,51 +102,29 @@ class LSTM(nn.Module):
             likelihood = self.output(wide, flat.clamp(min=0)).output
         return -likelihood.masked_fill(flat < 0, 0.0).view_as(targets), (h, c)
 
-    def _recur(self, embedded: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Run the LSTM; in the weights' own precision where autocast asks for one that this processor lacks."""
-        device = embedded.device.type
-        autocast = torch.is_autocast_enabled(device)
-        if not autocast or has_lstm(device, torch.get_autocast_dtype(device)):
-            return self.lstm(embedded, (state[0], state[1]) if state else None)  # type: ignore[no-any-return]
-        state = tuple(s.to(embedded.dtype) for s in state)  # in half precision, if another processor left it behind
-        with torch.autocast(device, enabled=False):
-            return self.lstm(embedded, state or None)  # type: ignore[no-any-return]
-
-
-@cache
-def has_lstm(device: str, dtype: torch.dtype) -> bool:
-    """Ask a device, by trying once, whether it trains an LSTM in a precision.
-
-    On CPUs oneDNN has a bfloat16 LSTM only with AVX-512, and none in float16 (torch 2.11 to 2.13).
-
-    Args:
-        device: its type, such as ``"cpu"``.
-        dtype: the precision of autocast.
-    """
-    with torch.random.fork_rng(devices=[]):  # the weights' random numbers would be missing in the run that asks
-        lstm = nn.LSTM(1, 1).to(device)
-    try:
-        with torch.enable_grad(), torch.autocast(device, dtype=dtype):
-            lstm(torch.zeros(1, 1, 1, device=device))[0].sum().backward()
-    except RuntimeError:
-        return False
-    return True
-
 
 class Transformer(nn.Module):
     """A causal pre-LayerNorm Transformer with learned positions, GPT-2's layout (Radford et al., 2019).
 
     Embeddings are normal with standard deviation 0.02; the layers have torch's initial weights, each its own.
 
-    Args:
-        vocabulary: Number of tokens.
-        context: The longest window that it can read.
-        width, heads, layers: Sizes; the layers between attention are four times as wide.
-        dropout: Probability; on embeddings and in the layers.
-        tied: Whether the output uses the embedding's weights.
+    Parameters
+    ----------
+    vocabulary
+        Number of tokens.
+    context
+        The longest window that it can read.
+    width, heads, layers
+        Sizes; the layers between attention are four times as wide.
+    dropout
+        Probability; on embeddings and in the layers.
+    tied
+        Whether the output uses the embedding's weights.
 
-    Raises:
-        ValueError: If ``width`` is no multiple of ``heads``.
+    Raises
+    ------
+    ValueError
+        If ``width`` is no multiple of ``heads``.
     """
 
     mask: Tensor
@@ -170,10 +159,12 @@ class Transformer(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """Do as :meth:`LSTM.forward`, without a state: nothing is remembered between windows.
+        """As :meth:`LSTM.forward`, without a state: nothing is remembered between windows.
 
-        Raises:
-            ValueError: If the window is longer than ``context``.
+        Raises
+        ------
+        ValueError
+            If the window is longer than ``context``.
         """
         length, context = tokens.shape[1], self.positions.num_embeddings
         if length > context:

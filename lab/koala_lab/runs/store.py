@@ -11,15 +11,39 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 from filelock import FileLock, Timeout
 
 from koala_lab import paths
 from koala_lab.config import RunConfig
-from koala_lab.files import write_json
 from koala_lab.runs.training import RunResult, train
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written (a full disk, say); what stood at ``path`` before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; nothing was lost, free some space and start again"
+        ) from error
 
 
 class Store:
@@ -34,14 +58,11 @@ class Store:
         self._committed: dict[str, RunResult] | None = None
 
     def get(self, key: str) -> RunResult | None:
-        """Return the finished run of that key, from the store or the committed results; ``None`` if there is none."""
+        """The finished run of that key, from the store or from the committed results; ``None`` if there is none."""
         path = self.root / key / "run.json"
         if path.exists():
             try:
-                result = RunResult.from_json(json.loads(path.read_text()))
-                if result.key != key:
-                    raise ValueError(f"it is run {result.key}")
-                return result
+                return RunResult.from_json(json.loads(path.read_text()))
             except (ValueError, KeyError, TypeError) as error:
                 warn(f"{path} is damaged ({error}); the run will be repeated", stacklevel=2)
                 os.replace(path, path.with_suffix(".damaged"))
@@ -56,7 +77,6 @@ class Store:
         self.checkpoint(result.key).unlink(missing_ok=True)
 
     def checkpoint(self, key: str) -> Path:
-        """Return where the run of that key keeps its checkpoint."""
         return self.root / key / "checkpoint.pt"
 
     @contextmanager
@@ -68,7 +88,7 @@ class Store:
             yield
 
     def busy(self, key: str) -> bool:
-        """Say whether somebody holds the run at this moment."""
+        """Whether somebody holds the run at this moment."""
         folder = self.root / key
         try:
             with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
@@ -77,12 +97,11 @@ class Store:
             return True
 
     def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
-        """Return the result of a configuration: found, or continued from its checkpoint, or trained.
+        """The run of a configuration: found, or continued from its checkpoint, or trained.
 
         Args:
             config: what to train.
-            on_step: see :func:`koala_lab.runs.training.train`.
-            **options: see there, too.
+            on_step: see :func:`koala_lab.runs.training.train`, as are ``options``.
         """
         key = config.key
         if (result := self.get(key)) is not None:
@@ -123,12 +142,12 @@ def run_all(
 
 
 def results_file(preset: str, notebook: str) -> Path:
-    """Return where the results of a notebook at a preset are committed."""
+    """Where the results of a notebook at a preset are committed."""
     return paths.results_dir() / preset / f"{notebook}.json"
 
 
 def read_results(file: Path) -> list[RunResult]:
-    """Read the runs of one committed file; none if there is no such file."""
+    """The runs of one committed file; none if there is no such file."""
     if not file.exists():
         return []
     try:
@@ -153,3 +172,32 @@ def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunRe
         new += [r for r in tagged if r.key not in configs]
         if new != old:
             write_json(file, {"runs": [r.to_json() for r in new]})
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def _columns(result: RunResult) -> dict[str, Any]:
+    fields = result.config.to_dict()
+    arguments: dict[str, Any] = fields.pop("optimizer_args")
+    return fields | arguments | {"key": result.key, "status": result.status}
+
+
+def table(results: Iterable[RunResult]) -> pd.DataFrame:
+    """One row per run: its configuration (optimizer arguments as columns), status and final metrics (NaN if failed)."""
+    import pandas as pd
+
+    return pd.DataFrame([_columns(r) | r.final for r in results])
+
+
+def curves(results: Iterable[RunResult]) -> pd.DataFrame:
+    """Tidy learning curves: one row per run, epoch (from 1) and metric, in column ``value``."""
+    import pandas as pd
+
+    rows = [
+        _columns(r) | {"epoch": i, "metric": metric, "value": value}
+        for r in results
+        for i, metrics in enumerate(r.epochs, start=1)
+        for metric, value in metrics.items()
+    ]
+    return pd.DataFrame(rows)

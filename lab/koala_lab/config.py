@@ -65,7 +65,8 @@ class RunConfig:
             the optimizer's ``lr``, whatever the schedule says meanwhile.
         warmup_init_lr: where it starts.
         seed: seed of the initial weights, the order of the samples and the augmentation.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward; an LSTM stays in float32 on a
+            processor that cannot compute it in bfloat16.
 
     Raises:
         ValueError: for an unknown name or a number out of range.

@@ -403,6 +403,9 @@ def test_several_comparisons_need_all_and_are_decided_by_the_worst() -> None:
     assert judge(three, preset="quick", arms=arms | {"c": better}).status == "reproduced"
     frame = pd.DataFrame({"a": a, "b": better, "c": tie})
     assert judge(three, preset="quick", arms=frame) == verdict
+    for first, second in ((0, 1e-12), (1e-12, 0)):  # a tie but for rounding errors is named by the alphabet
+        equal = {"b": seeds(*(v + first for v in tie.values())), "c": seeds(*(v + second for v in tie.values()))}
+        assert judge(three, preset="quick", arms={"a": a} | equal).measured.endswith("over b")
 
 
 def test_one_comparison_among_many_contradicts_only_at_the_corrected_level() -> None:
@@ -511,6 +514,8 @@ def test_a_preset_without_a_test_is_not_run(claim_id: str, preset: str, evidence
     [
         ("at_most", 10.5, "reproduced", "10.500"),
         ("at_most", {"x": 3.0, "y": 10.7}, "contradicted", "10.700 (y)"),
+        ("at_most", {"x": 3.0, "y": 3.0 + 1e-12}, "reproduced", "3.000 (x)"),  # equal but for rounding: the first
+        ("near", {"x": 9.0 + 1e-12, "y": 11.0}, "contradicted", "9.000 (x)"),
         ("at_most", math.inf, "contradicted", "inf"),
         ("at_least", 9.5, "reproduced", "9.500"),
         ("at_least", {"x": 9.2, "y": 11.0}, "contradicted", "9.200 (x)"),

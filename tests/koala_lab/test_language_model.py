@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from koala_lab import data, tasks
 from koala_lab.config import RunConfig
+from koala_lab.models import language
 from koala_lab.models.language import LANGUAGE_MODELS, LSTM, Transformer
 from koala_lab.runs import training as train
 from koala_lab.tasks.language_model import COLUMNS, LanguageModel, windows
@@ -179,6 +180,38 @@ def test_an_adaptive_softmax_is_the_likelihood_of_its_tree() -> None:
     y = y.clone()
     y[1, 3:] = -1
     assert torch.equal(network(x, y)[0][y < 0], torch.zeros(9)), "what fills up a column costs nothing"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_lstm_without_kernels_for_half_precision_is_computed_in_float32(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a processor without AVX-512 a run in bfloat16 goes on, and from a state that another one left behind."""
+    if there and not language.has_lstm("cpu", torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 LSTM")
+    network = network_of("lstm", hidden=32)
+    x, y = tokens_of(3, 12)
+    seen: list[torch.dtype] = []
+    network.lstm.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))  # type: ignore[union-attr, operator]
+    exact, (h, c) = network(x, y)
+    follows, _ = network(x, y, (h, c))
+    monkeypatch.setattr(language, "has_lstm", lambda device, dtype: there)
+    with torch.autocast("cpu", torch.bfloat16):
+        nats, state = network(x, y)
+        again, _ = network(x, y, (h.bfloat16(), c.bfloat16()))
+    again.sum().backward()
+    assert seen == [torch.float32] * 2 + [torch.bfloat16 if there else torch.float32] * 2
+    assert {s.dtype for s in state} == {seen[-1]}
+    torch.testing.assert_close(nats, exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(again, follows, rtol=0.05, atol=0.05)
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+def test_asking_for_an_lstm_draws_no_random_numbers() -> None:
+    language.has_lstm.cache_clear()
+    before = torch.get_rng_state()
+    language.has_lstm("cpu", torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_adaptive_softmax_has_no_weights_to_tie() -> None:

@@ -193,7 +193,7 @@ def _judge_seeds(claim: Claim, preset: str, arms: dict[str, dict[int, float]]) -
         held = f"; of {len(pairs)} comparisons, contradicted only if [{sure[0]:+.4g}, {sure[1]:+.4g}] is outside too"
         why = held if status != _place(test, margin, narrow, narrow) else ""
         slack = low if test in ("better", "no_worse") else -max(abs(low - target), abs(high - target))
-        ranked.append((-STATUSES.index(status), slack, status, label, (mean, low, high), why))
+        ranked.append((-STATUSES.index(status), _rounded(slack), status, label, (mean, low, high), why))
     *_, status, label, numbers, why = min(ranked)  # the comparison that decides
     mean_text, low_text, high_text = (_number(v, claim, "" if test == "value" else "+") for v in numbers)
     rule = {
@@ -234,14 +234,15 @@ def _judge_measured(
     if criterion.test != "at_most":
         over = {name: abs(v) if criterion.test == "near" else -v for name, v in over.items()}
     undefined = [name or "the value" for name in cases if name not in over]
-    worst = max(over, key=lambda name: over[name], default="")
+    worst = max(over, key=lambda name: _rounded(over[name]), default="")  # the first of several
+    highest = max(over.values(), default=-math.inf)
     tolerance = criterion.margin
     beyond = tolerance if criterion.beyond is None else criterion.beyond
-    if not math.isfinite(target) or not over or (undefined and over[worst] <= beyond):
+    if not math.isfinite(target) or not over or (undefined and highest <= beyond):
         undefined += ["the bound"] * (not math.isfinite(target))
         reason = f"not a number: {', '.join(undefined)}" if undefined else "nothing measured"
         return "inconclusive", "–", len(cases), reason
-    status = "contradicted" if over[worst] > beyond else "inconclusive" if over[worst] > tolerance else "reproduced"
+    status = "contradicted" if highest > beyond else "inconclusive" if highest > tolerance else "reproduced"
     rule = f"{criterion.test.replace('_', ' ')} {target:g}" + (f", tolerance {tolerance:g}" if tolerance else "")
     text = _number(cases[worst], claim) + (f" ({worst})" if worst else "")
     return status, text, len(cases), rule + (f", contradicted past {beyond:g}" if beyond > tolerance else "")
@@ -256,6 +257,11 @@ def _judge_holds(holds: bool | Mapping[str, bool]) -> _Outcome:
     status = "contradicted" if failed else "reproduced" if cases else "inconclusive"
     detail = "fails: " + ", ".join(failed) if failed else "every case holds" if cases else "nothing checked"
     return status, f"{len(cases) - len(failed)} of {len(cases)} hold", len(cases), detail
+
+
+def _rounded(value: float) -> float:
+    """Six digits: cases that are equal but for rounding errors, which each processor has its own, are a tie."""
+    return float(f"{value:.6g}")
 
 
 def _number(value: float, claim: Claim, plus: str = "") -> str:

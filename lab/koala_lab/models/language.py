@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["LANGUAGE_MODELS", "LSTM", "State", "Transformer"]
+__all__ = ["LANGUAGE_MODELS", "LSTM", "State", "Transformer", "has_lstm"]
 
 State = tuple[Tensor, ...]  # what a network remembers from one window of text to the next; empty at the beginning
 
@@ -92,7 +93,7 @@ class LSTM(nn.Module):
             Nats per token, ``(B, T)``, float32; and the state after the last token, ``(layers, B, hidden)`` twice.
         """
         embedded = self.dropout(self.embedding(tokens))
-        hidden, (h, c) = self.lstm(embedded, (state[0], state[1]) if state else None)
+        hidden, (h, c) = self._recur(embedded, state)
         hidden = self.dropout(hidden)
         if isinstance(self.output, nn.Linear):
             return _nats(self.output(hidden), targets), (h, c)
@@ -101,6 +102,36 @@ class LSTM(nn.Module):
             wide = hidden.flatten(0, 1).to(self.output.head.weight.dtype)
             likelihood = self.output(wide, flat.clamp(min=0)).output
         return -likelihood.masked_fill(flat < 0, 0.0).view_as(targets), (h, c)
+
+    def _recur(self, embedded: Tensor, state: State) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the LSTM; in the weights' own precision where autocast asks for one that this processor lacks."""
+        device = embedded.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if not autocast or has_lstm(device, torch.get_autocast_dtype(device)):
+            return self.lstm(embedded, (state[0], state[1]) if state else None)  # type: ignore[no-any-return]
+        state = tuple(s.to(embedded.dtype) for s in state)  # in half precision, if another processor left it behind
+        with torch.autocast(device, enabled=False):
+            return self.lstm(embedded, state or None)  # type: ignore[no-any-return]
+
+
+@cache
+def has_lstm(device: str, dtype: torch.dtype) -> bool:
+    """Ask a device, by trying once, whether it trains an LSTM in a precision.
+
+    On CPUs oneDNN has a bfloat16 LSTM only with AVX-512, and none in float16 (torch 2.11 to 2.13).
+
+    Args:
+        device: its type, such as ``"cpu"``.
+        dtype: the precision of autocast.
+    """
+    with torch.random.fork_rng(devices=[]):  # the weights' random numbers would be missing in the run that asks
+        lstm = nn.LSTM(1, 1).to(device)
+    try:
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype):
+            lstm(torch.zeros(1, 1, 1, device=device))[0].sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Transformer(nn.Module):

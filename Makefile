@@ -7,16 +7,23 @@ KOALA := $(PY) -m koala_lab.cli
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
+BY_HAND = $(filter command environment,$(origin $(1)))
+VERSION := $(if $(call BY_HAND,PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+UNFIT := $(shell test ! -e .venv || $(PY) -I .ci/environment.py '$(CURDIR)' $(STAMP) $(VERSION) 2>/dev/null || echo does not run)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab bench figures clean FORCE
+.PHONY: help setup reproduce test processors lab bench figures clean FORCE
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv; CPU only: make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
-$(STAMP): pyproject.toml lab/pyproject.toml $(if $(filter command environment,$(origin TORCH)),FORCE) # a TORCH given by hand is installed again
-	test -x $(PY) || $(PYTHON) -m venv .venv
+# A TORCH given by hand is installed again.
+$(STAMP): pyproject.toml lab/pyproject.toml $(if $(call BY_HAND,TORCH)$(UNFIT),FORCE)
+	$(if $(UNFIT),@echo ".venv $(UNFIT); it is made anew" && rm -rf .venv)
+	@test -x $(PY) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv .venv || (rm -rf .venv; exit 1)
 	$(PY) -m pip install $(foreach word,$(TORCH),'$(word)')
 	$(PY) -m pip install -e . -e './lab[all]'
 	touch $@
@@ -31,13 +38,16 @@ test: setup ## lint, type check, unit tests, and every notebook against its stor
 	$(PY) -m pytest -n $(JOBS)
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=600 -n $(JOBS) --dist loadscope notebooks
 
+processors: setup ## the tests as processors with other instruction sets and numbers of cores run them; about 90 minutes
+	tests/processors.sh
+
 lab: setup ## open JupyterLab on the notebooks
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab
 
 bench: setup ## time and memory of a step of each optimizer and of a training step, with the goals beside them
 	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) bench --training-step
 
-figures: setup ## refresh what is committed: notebook outputs, figures/ and the scoreboard in README.md
+figures: setup ## refresh what is committed: notebook outputs, figures/, SCOREBOARD.md and the counts in README.md
 	find notebooks -name '*.ipynb' -not -path '*/.*' -not -name '*.failed.ipynb' -print0 | KOALA_FIGURES='$(CURDIR)/figures' \
 	  xargs -0 -n 1 -P $(JOBS) $(KOALA) notebook --in-place
 	KOALA_FIGURES='$(CURDIR)/figures' $(KOALA) report --readme

@@ -56,7 +56,7 @@ def digest(*files):
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
-BESIDE = {LAB / name for name in ("bench/tasks.py", "bench/cost.py", "cli.py", "report.py")}  # no notebook uses these
+BESIDE = {LAB / name for name in ("bench/cost.py", "cli.py", "report/__init__.py")}  # no notebook uses these
 SHARED = digest(
     *LIBRARY.rglob("*.py"),
     *(f for f in LAB.rglob("*.py") if f not in BESIDE),
@@ -121,7 +121,7 @@ rule report:
     output:
         REPORT + "/index.html",
     params:
-        shared=digest(LAB / "report.py"),
+        shared=digest(*(LAB / "report").glob("*.py")),
     message:
         "report"
     shell:

@@ -28,12 +28,12 @@ class MomentumCovariance(NamedTuple):
 
 
 def innovation_variance(variance: Scalar, squared_norm: Scalar, measurement_noise: Scalar) -> Scalar:
-    """S = P |g|^2 + R, the predicted variance of the observed loss (Table 1 with eq. 11)."""
+    """Return S = P |g|^2 + R, the predicted variance of the observed loss (Table 1 with eq. 11)."""
     return variance * squared_norm + measurement_noise
 
 
 def predict_position(variance: Scalar, process_noise: Scalar) -> Scalar:
-    """P^ = P + Q (Algorithm 1, predict).
+    """Return P^ = P + Q (Algorithm 1, predict).
 
     >>> predict_position(0.1, 1.0)
     1.1
@@ -42,7 +42,7 @@ def predict_position(variance: Scalar, process_noise: Scalar) -> Scalar:
 
 
 def condition_position(variance: Scalar, squared_norm: Scalar, measurement_noise: Scalar) -> Scalar:
-    """P = R / S P^ (eq. 13), which is P^ - |g|^2 / S P^^2 written without cancellation.
+    """Return P = R / S P^ (eq. 13), which is P^ - |g|^2 / S P^^2 written without cancellation.
 
     >>> condition_position(1.0, 3.0, 1.0)
     0.25
@@ -53,7 +53,7 @@ def condition_position(variance: Scalar, squared_norm: Scalar, measurement_noise
 def predict_momentum(
     P: MomentumCovariance, momentum: float, process_noise: Tensor, velocity_noise: float
 ) -> MomentumCovariance:
-    """P^ = F P F^T + Q with F = [[1, 1], [0, kappa]] (eq. 19, Table 1).
+    """Return P^ = F P F^T + Q with F = [[1, 1], [0, kappa]] (eq. 19, Table 1).
 
     A^ = A + 2 C + B + q_x^2,  C^ = kappa (C + B),  B^ = kappa^2 B + q_p^2.
     """
@@ -66,12 +66,12 @@ def predict_momentum(
 
 
 def condition_momentum(P: MomentumCovariance, squared_norm: Tensor, measurement_noise: Tensor) -> MomentumCovariance:
-    """P = (P^^-1 + diag(|g|^2 / R, 0))^-1 (eq. 21, Table 1); stays positive definite.
+    """Return P = (P^^-1 + diag(|g|^2 / R, 0))^-1 (eq. 21, Table 1); stays positive definite.
 
     With eta = |g|^2 / S: A = A^ - eta A^^2 = R/S A^,  C = C^ - eta A^ C^ = R/S C^,  B = B^ - eta C^^2.
     """
     A, C, B = P
-    S = innovation_variance(A, squared_norm, measurement_noise)
+    S = A * squared_norm + measurement_noise
     shrink = measurement_noise / S
     return MomentumCovariance(
         variance=A * shrink,
@@ -81,12 +81,12 @@ def condition_momentum(P: MomentumCovariance, squared_norm: Tensor, measurement_
 
 
 def running_average(average: Scalar, value: Scalar, decay: float) -> Scalar:
-    """beta a + (1 - beta) v, the average of eqs. 22 and 23."""
+    """Return beta a + (1 - beta) v, the average of eqs. 22 and 23."""
     return decay * average + (1 - decay) * value
 
 
 def corrected_average(average: Scalar, value: Scalar, weight: Scalar, decay: float) -> Scalar:
-    """The same without the weight of its start: sum_i beta^(t-i) v_i / sum_i beta^(t-i) (reading M-6 of MEKA).
+    """Return the bias-corrected average sum_i beta^(t-i) v_i / sum_i beta^(t-i), as in Adam (reading M-6 of MEKA).
 
     Args:
         average: of the values before, anything at first.
@@ -118,7 +118,7 @@ class ValueEstimate(NamedTuple):
 
 
 def gain(variance: Tensor, measurement_noise: Tensor) -> Tensor:
-    """k = p / (p + sigma), the weight of the observation (MEKA, eq. 7 with P = p I); elementwise.
+    """Return k = p / (p + sigma), the weight of the observation (MEKA, eq. 7 with P = p I); elementwise.
 
     1 where both vanish: the observation is exact there, while the prediction is exact for quadratic losses only.
 
@@ -130,7 +130,7 @@ def gain(variance: Tensor, measurement_noise: Tensor) -> Tensor:
 
 
 def condition_variance(variance: Tensor, measurement_noise: Tensor) -> Tensor:
-    """(1 - k) p = k sigma (MEKA, eq. 8 with P = p I); elementwise.
+    """Return (1 - k) p = k sigma (MEKA, eq. 8 with P = p I); elementwise.
 
     The second form keeps its digits where p >> sigma, as in the first step: P_0 is 1e4, a gradient's noise often 1e-8.
 
@@ -144,7 +144,7 @@ def condition_variance(variance: Tensor, measurement_noise: Tensor) -> Tensor:
 def condition_gradient(
     mean: Tensor, covariance: Tensor, gradient: Tensor, measurement_noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The measurement update of the gradient with full covariance matrices (MEKA, eqs. 7 and 8).
+    """Condition the gradient on an observation, with full covariance matrices (MEKA, eqs. 7 and 8).
 
     K = P^ (P^ + Sigma)^-1, m = (I - K) m^ + K g, P = (I - K) P^ (I - K)^T + K Sigma K^T. The time update (6) before it
     is m^ = m + B d, P^ = P + Q; the covariance added is that of the very B d (printed as Q_{t-1}).
@@ -180,12 +180,13 @@ def predict_value(
     slope_variance: Scalar,
     curvature_variance: Scalar,
 ) -> tuple[Scalar, Scalar]:
-    """Mean and variance of the loss after the displacement d, without the model error (MEKA, eq. 16).
+    """Predict mean and variance of the loss after the displacement d, without the model error (MEKA, eq. 16).
 
     u^ = u + m^T d + 1/2 d^T B d and s + d^T P d + 1/4 d^T Q d.
 
     Args:
-        value: u. variance: s.
+        value: u.
+        variance: s.
         slope: m^T d, with the filtered gradient from before the displacement.
         curvature: d^T B d.
         slope_variance: d^T P d, that is p |d|^2 in the scalar form.
@@ -198,7 +199,7 @@ def predict_value(
 
 
 def condition_value(value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor) -> ValueEstimate:
-    """The measurement update of the loss, with the model error that makes the observation most likely (MEKA, App. B).
+    """Condition the loss on an observation, with the model error that makes it most likely (MEKA, App. B).
 
     lambda = max((y - u^)^2 - c, 0) with c = variance + r, the maximum of the likelihood (19) of y ~ N(u^, lambda + c)
     over lambda >= 0 (eqs. 21, 22). Then s^ = variance + lambda, gamma = s^ / (s^ + r), u = (1 - gamma) u^ + gamma y,

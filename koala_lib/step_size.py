@@ -42,18 +42,18 @@ class PredictedChange(NamedTuple):
     third_order: Tensor | None = None
 
     def mean(self, alpha: Tensor) -> Tensor:
-        """mu(alpha), in units of the loss."""
+        """Return mu(alpha), in units of the loss."""
         return alpha * (self.curvature * alpha / 2 - self.slope)
 
     def variance(self, alpha: Tensor) -> Tensor:
-        """V(alpha), in squared units of the loss."""
+        """Return V(alpha), in squared units of the loss."""
         square = alpha.square()
         cubic = 0.0 if self.third_order is None else self.third_order * square
         inner = self.slope_variance + square * (self.curvature_variance / 4 + cubic)
         return 2 * self.value_variance + square * inner
 
     def derivatives(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """mu'(alpha) and V'(alpha)."""
+        """Return mu'(alpha) and V'(alpha)."""
         square = alpha.square()
         cubic = 0.0 if self.third_order is None else 6 * self.third_order * square
         return (
@@ -66,7 +66,7 @@ class PredictedChange(NamedTuple):
 
 
 def improvement_probability(change: PredictedChange, alpha: Tensor) -> Tensor:
-    """P(f_{t+1} <= f_t) = Phi(- mu / sqrt V) (eq. 12).
+    """Return P(f_{t+1} <= f_t) = Phi(- mu / sqrt V) (eq. 12).
 
     >>> one, zero = torch.ones(1), torch.zeros(1)
     >>> improvement_probability(PredictedChange(one, one, one, zero, zero), zero)
@@ -76,7 +76,7 @@ def improvement_probability(change: PredictedChange, alpha: Tensor) -> Tensor:
 
 
 def expected_improvement(change: PredictedChange, alpha: Tensor) -> Tensor:
-    """E[max(0, f_t - f_{t+1})] = - mu Phi(z) + sqrt V phi(z) with z = - mu / sqrt V, in units of the loss.
+    """Return E[max(0, f_t - f_{t+1})] = - mu Phi(z) + sqrt V phi(z) with z = - mu / sqrt V, in units of the loss.
 
     With q > 0 it grows like alpha^2 as alpha -> infinity, whatever the curvature.
 
@@ -107,7 +107,7 @@ def _phi(z: Tensor) -> Tensor:
 
 
 def quadratic_step(change: PredictedChange, max_step_size: float) -> Tensor:
-    """a / b, the minimum of mu; ``max_step_size`` where b <= 0 and there is none; 0 where a <= 0.
+    """Return a / b, the minimum of mu; ``max_step_size`` where b <= 0 and there is none; 0 where a <= 0.
 
     >>> one = torch.ones(1)
     >>> quadratic_step(PredictedChange(one, 4 * one, one, one, one), max_step_size=1.0)
@@ -118,7 +118,7 @@ def quadratic_step(change: PredictedChange, max_step_size: float) -> Tensor:
 
 
 def pi_step(change: PredictedChange, max_step_size: float) -> Tensor:
-    r"""The alpha > 0 that makes an improvement most probable (eq. 12), i.e. the minimum of J = mu / sqrt V (eq. 13).
+    r"""Find the alpha > 0 that makes an improvement most probable (eq. 12): the minimum of J = mu / sqrt V (eq. 13).
 
     J' = N / V^{3/2} with :math:`N = \tfrac14 a q \alpha^4 + \tfrac12 b p \alpha^3 + 2 b s \alpha - 2 a s
     \; [+ 2 a c \alpha^6 - \tfrac12 b c \alpha^7]`: the products of mu' V and mu V' / 2 in which no variance of mu's own
@@ -153,19 +153,19 @@ def pi_step(change: PredictedChange, max_step_size: float) -> Tensor:
     start = torch.where(b > 0, _above_convex(k, s, p, q, c), _above_concave(-k, s, p, q, c))
     # N(start z) / a and its derivative as polynomials in z, which starts at 1. Where s = p = q = 0, N is zero
     # everywhere and z stays 1: `tiny` avoids 0 / 0.
-    c0, c1, c3, c4 = 2 * s, 2 * k * s * start, k * p * start**3 / 2, q * start**4 / 4
+    c0, c1, c3, c4 = -2 * s, 2 * k * s * start, k * p * start**3 / 2, q * start**4 / 4
     d1, d3, d4 = c1 + torch.finfo(c1.dtype).tiny, 3 * c3, 4 * c4
     c6 = None if c is None else 2 * c * start**6
     z = torch.ones_like(start)
     for _ in range(_NEWTON_STEPS if c6 is None else _NEWTON_STEPS_THIRD_ORDER):
         square = z * z
-        value = ((c4 * z + c3) * square + c1) * z - c0
-        rise = (d4 * z + d3) * square + d1
+        value = torch.addcmul(c0, torch.addcmul(c1, torch.addcmul(c3, c4, z), square), z)
+        rise = torch.addcmul(d1, torch.addcmul(d3, d4, z), square)
         if c6 is not None:
             ratio = k * start * z / 4
             value = value + c6 * z**6 * (1 - ratio)
             rise = rise + c6 * z**5 * (6 - 7 * ratio)
-        z = z - value / rise
+        z = torch.addcdiv(z, value, rise, value=-1)
     return _guard(start * z, a, max_step_size)
 
 
@@ -175,7 +175,7 @@ _NEWTON_STEPS_THIRD_ORDER = 20
 
 
 def _above_convex(k: Tensor, s: Tensor, p: Tensor, q: Tensor, c: Tensor | None) -> Tensor:
-    """A point at or above the zero of N for k = b/a > 0: where one term alone equals 2 s."""
+    """Return a point at or above the zero of N for k = b/a > 0: where one term alone equals 2 s."""
     start = 1 / k
     start = torch.where(p > 0, torch.minimum(start, (4 * s / (k * p)) ** (1 / 3)), start)
     start = torch.where(q > 0, torch.minimum(start, (8 * s / q) ** (1 / 4)), start)
@@ -184,7 +184,7 @@ def _above_convex(k: Tensor, s: Tensor, p: Tensor, q: Tensor, c: Tensor | None) 
 
 
 def _above_concave(k: Tensor, s: Tensor, p: Tensor, q: Tensor, c: Tensor | None) -> Tensor:
-    """A point at or above the zero of N for k = -b/a >= 0: twice where one positive term equals every negative one."""
+    """Bound the zero of N from above for k = -b/a >= 0: twice where one positive term equals every negative one."""
 
     def beyond(constant: Tensor, linear: Tensor, cubic: Tensor, power: int) -> Tensor:
         parts = constant ** (1 / power), linear ** (1 / (power - 1)), cubic ** (1 / (power - 3))
@@ -198,7 +198,7 @@ def _above_concave(k: Tensor, s: Tensor, p: Tensor, q: Tensor, c: Tensor | None)
 
 
 def ei_step(change: PredictedChange, max_step_size: float) -> Tensor:
-    """The first maximum of the expected improvement on (0, 2 a/b].
+    """Find the first maximum of the expected improvement on (0, 2 a/b].
 
     For alpha < a/b it increases, since mu falls and V rises, so the search is on [a/b, 2 a/b], where mu <= 0: the first
     of 256 equal parts at whose end the derivative is not positive, that part again in 256, and so on.
@@ -224,7 +224,7 @@ def ei_step(change: PredictedChange, max_step_size: float) -> Tensor:
 
 
 def _improvement_slope(change: PredictedChange, alpha: Tensor) -> Tensor:
-    """d EI / d alpha = - mu' Phi(z) + V' / (2 sqrt V) phi(z): the derivatives of z cancel."""
+    """Return d EI / d alpha = - mu' Phi(z) + V' / (2 sqrt V) phi(z): the derivatives of z cancel."""
     deviation = _deviation(change, alpha)
     z = -change.mean(alpha) / deviation
     mean_slope, variance_slope = change.derivatives(alpha)
@@ -232,7 +232,7 @@ def _improvement_slope(change: PredictedChange, alpha: Tensor) -> Tensor:
 
 
 def _guard(alpha: Tensor, slope: Tensor, max_step_size: float) -> Tensor:
-    """Replace what is no finite optimum."""
+    """Replace what is not a finite optimum."""
     return torch.where(alpha.isfinite(), alpha, max_step_size).masked_fill(slope <= 0, 0.0)
 
 

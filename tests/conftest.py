@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,9 @@ import pytest
 import torch
 
 from koala_lab import paths
-from koala_lib.optim import apollo, koala
-from koala_lib.optim._engine import compiled as _fused
-from koala_lib.optim._engine import lists as _lists
-from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim import apollo, filter, koala
+from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.sandbox import Project
 
 
@@ -42,16 +44,40 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "given"
 
 
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address under which it is served on this machine."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield tmp_path / "served", f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
 @pytest.fixture
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing compiled before the test, and nothing left behind; tensors of twelve elements are long."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(Pass, "compiler_works", None)
-    for module in (_lists, _fused):
-        monkeypatch.setattr(module, "LONG", 12)
-    for step in (each for module in (koala, apollo) for each in vars(module).values() if isinstance(each, Pass)):
-        monkeypatch.setattr(step, "_compiled", None)
+    monkeypatch.setattr(CompiledPass, "compiler_works", None)
+    monkeypatch.setattr(compiled, "MIN_COMPILED", 12)
+    monkeypatch.setattr(compiled, "MIN_COMPILED_LIST", 12)
+    for step in (each for module in (passes, apollo) for each in vars(module).values()):
+        if isinstance(step, CompiledPass):
+            monkeypatch.setattr(step, "_compiled", None)
+
+
+@pytest.fixture
+def kept_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalars stay tensors, as on an accelerator, where reading them would wait for it."""
+    for module in (passes, koala, apollo, filter):
+        monkeypatch.setattr(module, "scalars", lambda values: values)
 
 
 @pytest.fixture
@@ -59,7 +85,7 @@ def no_compiler(fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` gives a function that fails when it is called, as on a machine without a compiler."""
 
     def compile(function: Any, **options: Any) -> Any:
-        def fail(*args: Any) -> None:
+        def fail(**arguments: Any) -> None:
             raise RuntimeError("no compiler")
 
         return fail

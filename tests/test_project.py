@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import venv
+from functools import cache
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 from koala_lab import paths
-from koala_lab.claims import replace_block
+from koala_lab.claims import BEGIN, END, replace_block
+from koala_lab.report import overview
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -58,6 +67,55 @@ def test_every_make_target_has_a_line_of_help() -> None:
     assert set(re.findall(r"^make (\w+) +\S", shown, re.M)) == targets
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Makefile and an environment whose packages come from there, as `make setup` leaves it."""
+    folder = tmp_path_factory.mktemp("a checkout")
+    for name in ("lab", ".ci"):
+        (folder / name).mkdir()
+    for name in ("Makefile", ".ci/environment.py", "pyproject.toml", "lab/pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    for package in ("koala_lib", "lab/koala_lab"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").touch()
+    venv.create(folder / ".venv", symlinks=True)
+    [site] = (folder / ".venv" / "lib").glob("python*/site-packages")
+    (site / "pip").mkdir()
+    (site / "pip" / "__init__.py").touch()
+    (site / "editable.pth").write_text(f"{folder}\n{folder / 'lab'}\n")
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+def setup_says(folder: Path, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "TORCH", "MAKEFLAGS", "PYTHONPATH")}
+    command = ["make", "-n", "-C", folder, "setup", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_keeps_an_environment_that_is_whole(checkout: Path) -> None:
+    for arguments in ((), (f"PYTHON={sys.executable}",)):
+        assert "Nothing to be done" in setup_says(checkout, *arguments)
+
+
+def test_make_notices_an_environment_that_cannot_be_used(checkout: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy, symlinks=True)
+    rebuilt = "rm -rf .venv"
+    assert f'.venv belongs to {checkout}; it is made anew" && {rebuilt}' in setup_says(copy)
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 3.99\n")
+    other.chmod(0o755)
+    assert f'and not 3.99; it is made anew" && {rebuilt}' in setup_says(checkout, f"PYTHON={other}")
+    [site] = (copy / ".venv" / "lib").glob("python*/site-packages")
+    (site / "editable.pth").write_text(f"{tmp_path / 'moved'}\n")
+    assert f'.venv belongs to a folder that is gone; it is made anew" && {rebuilt}' in setup_says(copy)
+    shutil.rmtree(site / "pip")
+    assert f'.venv has no pip; it is made anew" && {rebuilt}' in setup_says(copy)
+    (copy / ".venv" / "bin" / "python").unlink()
+    assert f'.venv does not run; it is made anew" && {rebuilt}' in setup_says(copy)
+
+
 def test_profiles_name_options_of_snakemake() -> None:
     from snakemake.cli import get_argument_parser
 
@@ -81,7 +139,59 @@ def test_the_readme_has_one_scoreboard_block_that_the_report_can_refresh() -> No
     assert "| new |" in replace_block(text, "| new |")
 
 
+def test_the_readme_is_short_and_its_code_runs() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    [code] = re.findall(r"```python\n(.*?)```", text, re.S)
+    model, x, y = torch.nn.Linear(3, 2), torch.randn(8, 3), torch.randint(2, (8,))
+    names = {"model": model, "x": x, "y": y, "loss_fn": torch.nn.CrossEntropyLoss(reduction="none")}
+    exec(code, names)
+    assert names["loss"] == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item(), abs=1.0)
+
+
+@cache
+def files_and_folders() -> set[str]:
+    found = {Path(name) for name in os.listdir(ROOT)} - {Path(".venv"), Path(".git")}
+    found |= {file.relative_to(ROOT) for folder in found for file in (ROOT / folder).rglob("*")}
+    return {path.as_posix() for path in found} | {p.with_suffix("").as_posix() for p in found if p.suffix == ".ipynb"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "SCOREBOARD.md", "CONTRIBUTING.md"])
+def test_what_a_page_links_to_and_names_is_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link} - {""}
+    inline = {
+        word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|toml|yaml|yml|ipynb)$", word)
+    }
+    for path in links | inline:
+        assert any(f"/{name}".endswith("/" + path.rstrip("/")) for name in files_and_folders()), path
+
+
+def test_the_picture_shows_the_count_rows_of_the_readme() -> None:
+    rows = overview.count_rows((ROOT / "README.md").read_text())
+    assert [row._asdict() for row in rows] == json.loads((ROOT / "figures" / "overview.json").read_text())["rows"]
+    assert sum(row.counts["reproduced"] for row in rows) > 0
+    head = "| paper | scale | reproduced | contradicted | not run yet |\n|---|---|---|---|---|"
+    lines = "| MEKA, 7 claims | quick | 2 | 0 | 5 |\n|  | paper | 0 | 0 | 7 |"
+    exact = "3 exact statements (2 reproduced, 1 contradicted); 4 identities (4 reproduced)."
+    table = f"{BEGIN}\n{head}\n{lines}\n\n- MEKA, without a scale, settled once: {exact}\n{END}"
+    assert overview.count_rows(table) == [
+        ("MEKA", 7, "exact", {"reproduced": 6, "contradicted": 1}),
+        ("MEKA", 7, "quick", {"reproduced": 2}),
+    ]
+
+
 def test_a_test_run_has_a_store_and_a_report_of_its_own() -> None:
     for folder in (paths.runs_dir(), paths.report_dir(), paths.figures_dir()):
         assert not folder.is_relative_to(ROOT)
         assert folder.parent == paths.runs_dir().parent  # the one that conftest.py made, on every worker
+
+
+def test_the_workflow_runs_what_ci_runs_with_the_torch_of_the_makefile() -> None:
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "ci.yml").read_text(), yaml.BaseLoader)
+    assert set(workflow["on"]) == {"push", "pull_request"}
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    [torch] = re.findall(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert job["env"]["TORCH"] == f"{torch} --index-url https://download.pytorch.org/whl/cpu"
+    assert f"{torch} --index-url" in (ROOT / "README.md").read_text()

@@ -8,40 +8,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from koala_lib.moments._group_norm import GroupNormFunction, channel_sums, spread
+from koala_lib.moments._calls import Bent, Call, Tangent, UnknownCallError, second_order
+from koala_lib.moments._group_norm import GroupNormFunction, bend, channel_sums, spread
 from koala_lib.moments._products import (
     BATCH_NORM,
     Moments,
     Pair,
     both,
+    dots,
     dual,
     in_chunks,
     pair,
     product_moments,
     square_sum,
+    tangent,
     vector_moments,
+    vector_product_moments,
 )
 
 
-class Layer:
-    """One call of a layer: how to run it, whether its rule fits, and the moments of its parameters."""
+def in_front(x: Tensor, samples: int) -> bool:
+    """Say whether dimension 0 counts the samples, and dimension 1 could not be meant."""
+    return x.shape[:1] == (samples,) and (x.dim() < 3 or x.shape[1] != samples)
+
+
+def refuse_batch_statistics(*args: Any, training: bool = False, **kwargs: Any) -> None:
+    """Raise ValueError for ``functional.batch_norm`` with the statistics of the batch."""
+    if training or (len(args) > 5 and args[5]):
+        raise ValueError(BATCH_NORM.format("functional.batch_norm(training=True)"))
+
+
+class Layer(Call):
+    """One call of a layer: how to run it, whether its rule fits, the moments of its parameters, and its tangent."""
+
+    needs_grad = True
+    whole = False  # whether the moments of both parameters are asked for
 
     def __init__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__([input, weight, bias])
         self.input, self.weight, self.bias = input, weight, bias
 
-    def run(self, function: Callable[..., Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        return function(*args, **kwargs)
+    def release(self) -> None:
+        super().release()
+        self.input, self.weight, self.bias = self.tensors  # type: ignore[assignment]
 
     def fits(self, samples: int) -> bool:
-        """Whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
-        shape = self.input.shape
-        return shape[:1] == (samples,) and (len(shape) < 3 or shape[1] != samples)
+        """Say whether dimension 0 of the input counts the samples, and dimension 1 could not be meant."""
+        return in_front(self.input, samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
         raise NotImplementedError
@@ -55,6 +75,17 @@ class Linear(Layer):
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(input, weight, bias)
+        self.own: Tensor | None = None  # W' a + b' where it is at hand: the output's tangent if the input has none
+
+    def run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        out = super().run(function, args, kwargs)
+        moved = tangent(out) if self.input.dim() == 2 and tangent(self.input) is None else None
+        self.own = None if moved is None else moved.detach().clone()  # the output may be changed in place
+        return out
+
+    def release(self) -> None:
+        super().release()
+        self.own = None
 
     def fits(self, samples: int) -> bool:
         weight = self.weight
@@ -63,12 +94,40 @@ class Linear(Layer):
         return plain and self.input.dim() > 1 and super().fits(samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
+        direction = tangent(self.weight)
+        if self._at_once:
+            (_, g1), own = pair(grad), self.own
+            moments = vector_product_moments(pair(self.input), pair(grad), None)
+            return moments._replace(curvatures=None if g1 is None or own is None else dots(g1, own))
+        if self.input.dim() == 2:
+            return vector_product_moments(pair(self.input), pair(grad), direction)
         a, g = (both(lambda x: x.reshape(len(x), 1, -1, x.shape[-1]), pair(x)) for x in (self.input, grad))
-        sums, squares = in_chunks(product_moments, a, g, (*a[0].shape[1:], g[0].shape[3]))
-        return Moments(both(lambda x: x.squeeze(0), sums), squares)
+        direction = None if direction is None else direction.unsqueeze(0)
+        moments = in_chunks(partial(product_moments, direction=direction), a, g, (*a[0].shape[1:], g[0].shape[3]))
+        return moments._replace(sums=both(lambda x: x.squeeze(0), moments.sums))
 
     def bias_moments(self, grad: Tensor) -> Moments:
-        return vector_moments(both(lambda g: g.reshape(len(g), -1, g.shape[-1]).sum(1), pair(grad)))
+        direction = None if self._at_once else tangent(self.bias)
+        if grad.dim() == 2:
+            return vector_moments(pair(grad), direction)
+        return vector_moments(both(lambda g: g.reshape(len(g), -1, g.shape[-1]).sum(1), pair(grad)), direction)
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether the curvatures of weight and bias are one inner product, booked under the weight."""
+        return self.whole and self.own is not None
+
+    def push(self, *tangents: Tangent) -> Bent:
+        a1, w1, b1 = tangents
+        a, w = self.input, self.weight
+        assert w is not None
+        out = None if a1 is None else functional.linear(a1, w)
+        if w1 is not None:
+            more = functional.linear(a, w1, b1)
+            out = more if out is None else out.add_(more)
+        elif b1 is not None:
+            out = b1.expand(*a.shape[:-1], -1) if out is None else out.add_(b1)
+        return out, None if a1 is None or w1 is None else self.bent(functional.linear(a1, w1), 2.0)
 
 
 class Convolution(Layer):
@@ -85,6 +144,7 @@ class Convolution(Layer):
         groups: int = 1,
     ) -> None:
         super().__init__(input, weight, bias)
+        self.options = (stride, padding, dilation, groups)
         self.kernel = tuple(weight.shape[2:])
         self.stride, self.dilation = (self._each(n) for n in (stride, dilation))
         self.groups = groups
@@ -106,22 +166,26 @@ class Convolution(Layer):
         weight, places = self.weight, tuple(grad.shape[2:])
         assert weight is not None
 
+        direction = tangent(weight)
+        if direction is not None:
+            direction = direction.movedim(1, -1).reshape(self.groups, len(weight) // self.groups, -1)
+
         def moments(a: Pair, g: Pair) -> Moments:
-            return product_moments(both(lambda x: self._windows(x, places), a), both(self._positions, g))
+            return product_moments(both(lambda x: self._windows(x, places), a), both(self._positions, g), direction)
 
         def shaped(total: Tensor) -> Tensor:
             return total.reshape(len(weight), *self.kernel, -1).movedim(-1, 1)
 
         sizes = (self.groups, math.prod(places), math.prod(weight.shape[1:]), len(weight) // self.groups)
-        sums, squares = in_chunks(moments, pair(self.input), pair(grad), sizes)
-        return Moments(both(shaped, sums), squares)
+        found = in_chunks(moments, pair(self.input), pair(grad), sizes)
+        return found._replace(sums=both(shaped, found.sums))
 
     def _positions(self, g: Tensor) -> Tensor:
-        """(B, O, *places) to (B, groups, T, O / groups)."""
+        """Lay out (B, O, *places) as (B, groups, T, O / groups)."""
         return g.reshape(len(g), self.groups, g.shape[1] // self.groups, -1).mT
 
     def _windows(self, x: Tensor, places: tuple[int, ...]) -> Tensor:
-        """(B, C, *size) to (B, groups, T, K) with K = kernel size times C / groups, channels last."""
+        """Lay out (B, C, *size) as (B, groups, T, K) with K = kernel size times C / groups, channels last."""
         x = (functional.pad(x, self.padding) if any(self.padding) else x).movedim(1, -1).contiguous()
         samples, channels = len(x), x.shape[-1] // self.groups
         steps = x.stride()[1:-1]
@@ -139,11 +203,27 @@ class Convolution(Layer):
         return windows.reshape(samples, self.groups, math.prod(places), -1)
 
     def bias_moments(self, grad: Tensor) -> Moments:
-        return vector_moments(both(channel_sums, pair(grad)))
+        return vector_moments(both(channel_sums, pair(grad)), tangent(self.bias))
+
+    def push(self, *tangents: Tangent) -> Bent:
+        a1, w1, b1 = tangents
+        a, w = self.input, self.weight
+        convolve: Callable[..., Tensor] = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 1]
+        out = None if a1 is None else convolve(a1, w, None, *self.options)
+        if w1 is not None:
+            more = convolve(a, w1, b1, *self.options)
+            out = more if out is None else out.add_(more)
+        elif b1 is not None:
+            shift = b1.reshape(-1, *[1] * len(self.kernel))
+            out = shift.expand(self.shape) if out is None else out.add_(shift)
+        bends = a1 is not None and w1 is not None
+        return out, self.bent(convolve(a1, w1, None, *self.options), 2.0) if bends else None
 
 
 class GroupNorm(Layer):
     """``functional.group_norm``, run by :class:`GroupNormFunction`."""
+
+    needs_grad = False  # its own hook keeps it
 
     def __init__(
         self,
@@ -165,12 +245,17 @@ class GroupNorm(Layer):
             y.register_hook(self._observe)  # type: ignore[no-untyped-call]
         return y
 
+    def release(self) -> None:
+        super().release()
+        self.statistics1 = None, None
+
     def dual_statistics(self) -> tuple[Tensor, Tensor]:
         (mean, rstd), (mean1, rstd1) = self.statistics, self.statistics1
         return dual(mean, mean1), dual(rstd, rstd1)
 
     def _observe(self, grad: Tensor) -> None:
         (g, g1), (x, x1) = pair(grad), pair(self.input)
+        self.grad = g
         dot1 = None if g1 is None else g1 * x
         if x1 is not None:
             dot1 = g * x1 if dot1 is None else dot1.addcmul_(g, x1)
@@ -183,32 +268,16 @@ class GroupNorm(Layer):
     def weight_moments(self, grad: Tensor) -> Moments:
         total, dot = self.grad_sums
         mean, rstd = (spread(s, self.input) for s in self.dual_statistics())
-        return vector_moments(pair((dot - mean * total) * rstd))
+        return vector_moments(pair((dot - mean * total) * rstd), tangent(self.weight))
 
     def bias_moments(self, grad: Tensor) -> Moments:
-        return vector_moments(pair(self.grad_sums[0]))
+        return vector_moments(pair(self.grad_sums[0]), tangent(self.bias))
 
-
-class BatchNorm(Layer):
-    """``functional.batch_norm``: with fixed statistics it is like any other operation."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> None:
-        super().__init__(input, weight, bias)
-        if training:
-            raise ValueError(BATCH_NORM.format("functional.batch_norm(training=True)"))
-
-    def fits(self, samples: int) -> bool:
-        return False
+    def push(self, *tangents: Tangent) -> Bent:
+        out, bends = bend(self, *tangents)
+        if bends is not None and not self.by_sample:
+            raise UnknownCallError
+        return out, bends
 
 
 class LayerNorm(Layer):
@@ -223,16 +292,37 @@ class LayerNorm(Layer):
         eps: float = 1e-5,
     ) -> None:
         super().__init__(input, weight, bias)
-        self.shape, self.eps = tuple(normalized_shape), eps
+        self.normalized, self.eps = tuple(normalized_shape), eps
 
     def fits(self, samples: int) -> bool:
-        return self.input.dim() > len(self.shape) and super().fits(samples)
+        return self.input.dim() > len(self.normalized) and super().fits(samples)
 
     def weight_moments(self, grad: Tensor) -> Moments:
-        return self.bias_moments(grad * functional.layer_norm(self.input, self.shape, eps=self.eps))
+        return self._moments(grad * functional.layer_norm(self.input, self.normalized, eps=self.eps), self.weight)
 
     def bias_moments(self, grad: Tensor) -> Moments:
-        return vector_moments(both(lambda g: g.reshape(len(g), -1, *self.shape).sum(1), pair(grad)))
+        return self._moments(grad, self.bias)
+
+    def _moments(self, grad: Tensor, parameter: Tensor | None) -> Moments:
+        return vector_moments(
+            both(lambda g: g.reshape(len(g), -1, *self.normalized).sum(1), pair(grad)), tangent(parameter)
+        )
+
+    def push(self, *tangents: Tangent) -> Bent:
+        there = [i for i, t in enumerate(self.tensors) if t is not None]
+        values = [t for t in self.tensors if t is not None]
+        first, second = second_order(self._composed, values, [tangents[i] for i in there])
+        return first, self.bent(second)
+
+    def _composed(self, x: Tensor, *rest: Tensor) -> Tensor:
+        """Norm in elementary operations: torch's own loses terms of the second derivative in forward mode."""
+        over = tuple(range(-len(self.normalized), 0))
+        x = x - x.mean(over, keepdim=True)
+        x = x * (x.square().mean(over, keepdim=True) + self.eps).rsqrt()
+        parameters = iter(rest)
+        if self.weight is not None:
+            x = x * next(parameters)
+        return x if self.bias is None else x + next(parameters)
 
 
 class Embedding(Layer):
@@ -273,7 +363,14 @@ class Embedding(Layer):
         def whole(x: Tensor) -> Tensor:
             return torch.zeros_like(weight).index_add_(0, tokens.flatten(), x.flatten(0, 1))
 
-        return Moments(both(whole, g), both(lambda x: square_sum(rows(x)), g))
+        sums, direction = both(whole, g), tangent(weight)
+        moving = g[1] is not None and direction is not None
+        curvatures = dots(g[1], functional.embedding(tokens, direction)) if moving else None  # type: ignore[arg-type]
+        return Moments(sums, both(lambda x: square_sum(rows(x)), g), curvatures)
+
+    def push(self, *tangents: Tangent) -> Bent:
+        assert tangents[1] is not None
+        return functional.embedding(self.input, tangents[1]), None
 
 
 # What a call is described by. The classes take the arguments of the functions.
@@ -282,7 +379,6 @@ LAYERS: Final[dict[Callable[..., Any], type[Layer]]] = {
     torch.conv1d: Convolution,
     torch.conv2d: Convolution,
     torch.conv3d: Convolution,
-    functional.batch_norm: BatchNorm,
     functional.group_norm: GroupNorm,
     functional.layer_norm: LayerNorm,
     functional.embedding: Embedding,

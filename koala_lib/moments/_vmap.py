@@ -21,10 +21,11 @@ def run(
     inputs: Tensor,
     targets: Tensor,
     direction: Mapping[str, Tensor] | None,
+    trainable: Mapping[str, Tensor],
     names: Iterable[str],
 ) -> Spread:
-    """Mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
-    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Return mean and scatter with respect to the parameters ``names``; the direction is one of all parameters."""
+    trainable = {name: p.detach() for name, p in trainable.items()}
     wanted = {name: trainable.pop(name) for name in names}
 
     def loss_of(wanted: Named, others: Named, x: Tensor, y: Tensor) -> Tensor:
@@ -33,25 +34,29 @@ def run(
 
     gradient = grad_and_value(loss_of)
 
-    def sample(x: Tensor, y: Tensor) -> tuple[Tensor, list[Named]]:
+    def sample(x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Named]]:
         if direction is None:
             first, loss = gradient(wanted, trainable, x, y)
-            return loss, [first]
+            return [loss], [first]
         along = tuple({name: direction[name] for name in part} for part in (wanted, trainable))
-        (first, loss), (second, _) = jvp(lambda w, o: gradient(w, o, x, y), (wanted, trainable), along)  # type: ignore[misc]
-        return loss, [first, second]
+        (first, loss), (second, slope) = jvp(lambda w, o: gradient(w, o, x, y), (wanted, trainable), along)  # type: ignore[misc]
+        curvature = torch.stack([(second[name] * d).sum() for name, d in along[0].items()]).sum()
+        return [loss, slope, curvature], [first, second]
 
     size = max(1, CHUNK // max(1, sum(p.numel() for p in wanted.values())))
-    losses: list[Tensor] = []
+    scalars: list[list[Tensor]] = []
     merged: list[_Merged] = []
     for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
-        loss, parts = vmap(sample, randomness="different")(x, y)
-        losses.append(loss.detach())
+        numbers, parts = vmap(sample, randomness="different")(x, y)
+        scalars.append([number.detach() for number in numbers])
         merged = merged or [_Merged() for _ in parts]
         for total, part in zip(merged, parts, strict=True):
             total.add(part)
     first, second = merged[0], merged[1] if direction is not None else _Merged()
-    return Spread(torch.cat(losses), first.mean, first.scatter, second.mean, second.scatter)
+    columns = [torch.cat(column) for column in zip(*scalars, strict=True)]
+    losses, slopes, curvatures = [*columns, None, None][:3]
+    assert losses is not None
+    return Spread(losses, slopes, curvatures, first.mean, first.scatter, second.mean, second.scatter)
 
 
 class _Merged:

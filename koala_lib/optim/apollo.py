@@ -1,12 +1,6 @@
-"""APOLLO: a diagonal quasi-Newton method for stochastic, nonconvex losses (Ma, 2020, arXiv 2009.13586).
-
-Every tensor of weights has a diagonal estimate of the Hessian, which changes as little as it can while its curvature
-along the last direction becomes the one that the gradients show (the weak secant equation).
-``koala_lib/reference/apollo.py`` holds the same optimizer as slow loops in the paper's symbols.
-"""
-
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -17,45 +11,108 @@ from torch import Tensor
 from koala_lib.optim._engine.checks import (
     CheckedOptimizer,
     check_choice,
-    check_dense,
     check_flag,
     check_lr,
     check_number,
     check_real,
+    options_among,
 )
-from koala_lib.optim._engine.compiled import Pass
-from koala_lib.optim._engine.lists import buckets, decayed, scalar_dtype, squared_norms, subtract, wide
-from koala_lib.optim._engine.sharded import local, local_gradients, mean_over_ranks, rank_groups, times_shards
+from koala_lib.optim._engine.compiled import CompiledPass
+from koala_lib.optim._engine.lists import HALF, scalar_dtype, wide
+from koala_lib.optim._engine.passes import (
+    Bucket,
+    Passes,
+    Scalars,
+    add,
+    average,
+    decayed,
+    scalars,
+    squared_norms,
+    subtract_quotients,
+)
+from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
 
 __all__ = ["Apollo"]
 
 
-# ---- passes over the weights: lists of tensors of one device and dtype; half precision is computed in float32 --------
+# ---- Algorithm 1 on lists of tensors of one device and dtype; half precision is computed in float32 ------------------
 
 
-def _directions(means: list[Tensor], curvatures: list[Tensor], sigma: float | Tensor) -> list[Tensor]:
-    """d = m / D with D = max(|B|, sigma) (10)."""
+class _Tensors(NamedTuple):
+    """What a step needs of a bucket; entry i of every list belongs to tensor i."""
+
+    params: list[Tensor]  # theta_t
+    grads: list[Tensor]  # g_{t+1}
+    means: list[Tensor]  # m_t
+    curvatures: list[Tensor]  # B_t
+    directions: list[Tensor]  # d_t, where decoupled weight decay keeps it
+    mean_rates: Scalars  # a = (1 - beta) / (1 - beta^(t+1)), the weight of the new gradient in the average
+    rates: Scalars  # eta
+    decays: Scalars  # eta lambda
+    sigma: float
+    weight_decay: float
+    maximize: bool
+
+
+def _gradients(t: _Tensors) -> list[Tensor]:
+    """Return g_{t+1}; weight decay goes into it, or, where they are stored, into the directions."""
+    g = wide(t.grads)
+    if t.maximize:
+        g = list(torch._foreach_neg(g))
+    return g if t.directions else decayed(t.params, g, t.weight_decay)
+
+
+def _rectified(curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
+    """Return D = max(|B|, sigma) (10)."""
     D = list(torch._foreach_abs(wide(curvatures)))
-    if isinstance(sigma, Tensor):  # compiled
-        D = [t.clamp(min=sigma) for t in D]
-    else:
-        torch._foreach_clamp_min_(D, sigma)
-    return list(torch._foreach_div(wide(means), D))
+    if torch.is_tensor(sigma):  # in compiled code, where another value must compile nothing
+        return [t.clamp(min=sigma) for t in D]
+    torch._foreach_clamp_min_(D, sigma)
+    return D
 
 
-def _sums(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor]) -> Tensor:
-    """d^T y + d^T B d and |d|_4^4 of every tensor, (2, tensors)."""
-    products = torch._foreach_addcmul(changes, wide(curvatures), directions)  # y + B d
-    torch._foreach_mul_(products, directions)
-    fourth_powers = torch.stack(squared_norms(torch._foreach_mul(directions, directions)))
-    return torch.stack([torch.stack([t.sum() for t in products]).to(fourth_powers.dtype), fourth_powers])
+def _directions(t: _Tensors) -> list[Tensor]:
+    """Return a copy of d_t, stored or computed anew from m_t and B_t."""
+    if t.directions:
+        return [d.float() if d.dtype in HALF else d.clone() for d in t.directions]
+    return list(torch._foreach_div(wide(t.means), _rectified(t.curvatures, t.sigma)))
 
 
-def _shifts(sums: Tensor, eps: float) -> Tensor:
-    """(d^T y + d^T B d) / (|d|_4 + eps)^4 of every tensor."""
-    excess, fourth_power = sums
-    scale = (fourth_power.sqrt().sqrt() + eps).square().square()
-    return torch.where(scale == 0, 0.0, excess / scale)
+def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars) -> tuple[Tensor, Tensor]:
+    """Return (d^T y + d^T B d) / a, where y = a z, and |d|_4^4 of every tensor, (n,) each.
+
+    Args:
+        curvatures: B.
+        d: directions, which become the squares of their elements.
+        z: overwritten.
+        rates: a.
+    """
+    inverse = [1 / a for a in rates] if isinstance(rates, list) else 1 / rates
+    add(z, wide(curvatures), inverse, times=d)  # z + B d / a = (y + B d) / a
+    torch._foreach_mul_(z, d)
+    torch._foreach_mul_(d, d)
+    return torch.stack([product.sum() for product in z]), squared_norms(d)
+
+
+def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
+    """Return the factor of d^2 in (8), (d^T y + d^T B d) / (|d|_4 + eps)^4, from the sums; 0 without a direction."""
+    sqrt: Any = math.sqrt if isinstance(fourth_power, float) else torch.sqrt
+    root = sqrt(sqrt(fourth_power)) + eps
+    scale = (root * root) * (root * root)
+    return rate * excess / (scale + (scale == 0))
+
+
+def _factors(excess: Tensor, fourth_powers: Tensor, rates: Scalars, eps: float) -> Scalars:
+    if isinstance(rates, list):
+        columns = zip(scalars(excess), scalars(fourth_powers), rates, strict=True)
+        return [_factor(*numbers, eps) for numbers in columns]
+    return _factor(excess.to(fourth_powers.dtype), fourth_powers, rates, eps)
+
+
+def _update_curvatures(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float) -> None:
+    """Change B in place, with y = a z; d and z are overwritten."""
+    factors = _factors(*_sums(curvatures, d, z, rates), rates, eps)
+    add(curvatures, d, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -70,87 +127,41 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
         changes: y, of the averaged gradients.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
-    shifts = _shifts(_sums(curvatures, directions, changes), eps)
-    subtract(curvatures, torch._foreach_mul(directions, directions), shifts)
+    ones = torch.ones(len(changes), dtype=scalar_dtype(changes[0].device), device=changes[0].device)
+    d, y = ([t.clone() for t in tensors] for tensors in (directions, changes))
+    _update_curvatures(curvatures, d, y, scalars(ones), eps)
 
 
-Secant = tuple[list[Tensor], list[Tensor]]
-
-
-def _secant(
-    params: list[Tensor],
-    grads: list[Tensor],
-    means: list[Tensor],
-    curvatures: list[Tensor],
-    directions: list[Tensor],
-    weights: Tensor,
-    sigma: float,
-    weight_decay: float | Tensor,
-    maximize: bool,
-) -> Secant:
-    """d_t and m_{t+1} - m_t, given the weight of the new gradient in m. Decay goes into the direction where
-    ``directions`` are stored, else into the gradient."""
-    grads = wide(grads)
-    if maximize:
-        grads = list(torch._foreach_neg(grads))
-    if not directions:
-        grads = decayed(params, grads, weight_decay)
-    changes = list(torch._foreach_sub(grads, means))
-    for change, weight in zip(changes, weights.unbind(), strict=True):
-        change.mul_(weight)
-    return wide(directions) or _directions(means, curvatures, sigma), changes
-
-
-@Pass
-def _observe(
-    params: list[Tensor],
-    grads: list[Tensor],
-    means: list[Tensor],
-    curvatures: list[Tensor],
-    directions: list[Tensor],
-    weights: Tensor,
-    sigma: float,
-    *decay: Any,
-) -> tuple[Tensor, Secant | None]:
-    """The sums of (8), and what they are of; a compiled pass does not keep it, since to compute it again costs less."""
-    d, y = _secant(params, grads, means, curvatures, directions, weights, sigma, *decay)
-    return _sums(curvatures, d, y), None if isinstance(sigma, Tensor) else (d, y)
-
-
-@Pass
-def _apply(
-    params: list[Tensor],
-    secant: Secant | None,
-    shifts: Tensor,
-    rates: Tensor,
-    grads: list[Tensor],
-    means: list[Tensor],
-    curvatures: list[Tensor],
-    directions: list[Tensor],
-    weights: Tensor,
-    sigma: float,
-    weight_decay: float | Tensor,
-    maximize: bool,
-) -> None:
-    """B -= shift d^2, m += y, and theta -= rate d with the new d, in place."""
-    d, y = secant or _secant(params, grads, means, curvatures, directions, weights, sigma, weight_decay, maximize)
-    subtract(curvatures, torch._foreach_mul(d, d), shifts)
-    torch._foreach_add_(means, y)
-    new = _directions(means, curvatures, sigma)
-    if directions:
-        new = decayed(params, new, weight_decay)
-        for stored, direction in zip(directions, new, strict=True):
+def _descend(t: _Tensors, g: list[Tensor]) -> None:
+    """Move averages, stored directions and weights, once the curvatures are new."""
+    average(t.means, g, t.mean_rates)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
+    D = _rectified(t.curvatures, t.sigma)
+    if t.directions:
+        d = decayed(t.params, list(torch._foreach_div(wide(t.means), D)), t.weight_decay)
+        for stored, direction in zip(t.directions, d, strict=True):
             stored.copy_(direction)
-    subtract(params, new, rates)
+        add(t.params, wide(t.params), t.decays, sign=-1)  # theta -= eta lambda theta
+    subtract_quotients(t.params, t.means, D, t.rates)  # theta_{t+1} = theta_t - eta m_{t+1} / D (10)
 
 
-class _Part(NamedTuple):
-    """Tensors of one param group that are treated at once."""
+# ---- the same in two passes: for compiled code, and for shards, whose sums are joined between them -------------------
 
-    group: dict[str, Any]
-    params: list[Tensor]
-    arguments: tuple[Any, ...]  # of _observe
-    rates: Tensor
+
+@CompiledPass
+def _observe(**tensors: Any) -> tuple[Tensor, Tensor]:
+    """Return the sums of (8)."""
+    t = _Tensors(**tensors)
+    z = list(torch._foreach_sub(_gradients(t), t.means))
+    return _sums(t.curvatures, _directions(t), z, t.mean_rates)
+
+
+@CompiledPass
+def _apply(*, factors: Tensor, **tensors: Any) -> None:
+    """B -= factor d^2 (8), and what follows."""
+    t = _Tensors(**tensors)
+    g, d = _gradients(t), _directions(t)
+    add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1)
+    _descend(t, g)
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
@@ -234,8 +245,7 @@ class Apollo(CheckedOptimizer):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
-        super().__init__(params, options)
+        super().__init__(params, options_among(locals()))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -254,72 +264,94 @@ class Apollo(CheckedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        observed = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        for params in observed:
-            check_dense(type(self).__name__, params)
-        parts: list[_Part] = []
-        for group, params in zip(self.param_groups, observed, strict=True):
-            self._initialise(group, params)
-            listed = buckets(params, foreach=group["foreach"], fused=group["fused"])
-            parts += [self._part(group, bucket) for bucket in listed]
-        if ranks := rank_groups(p for params in observed for p in params):
-            self._move_shards(parts, ranks)
-        else:
-            for part in parts:
-                self._move(part, *_observe(*part.arguments, fused=part.group["fused"]))
+        if any(group["decoupled_weight_decay"] for group in self.param_groups):  # which may begin later
+            self._initialise()
+        weights = Passes(self, ("step", "mean", "curvature"), observed=True)
+        if weights.ranks:
+            self._step_on_shards(weights)
+            return loss
+        for bucket in weights.buckets:
+            t, eps = self._tensors(bucket)
+            compiled = bucket.compiled and CompiledPass.compiler_works is not False
+            if compiled:
+                excess, fourth_powers = _observe(**t._asdict())
+                compiled = CompiledPass.compiler_works is not False  # the first call finds out; nothing has moved yet
+            if compiled:
+                _apply(**t._asdict(), factors=_factors(excess, fourth_powers, t.mean_rates, eps))
+            else:
+                g, d = _gradients(t), _directions(t)
+                z = list(torch._foreach_sub(g, t.means))  # y = m_{t+1} - m_t = a z
+                _update_curvatures(t.curvatures, d, z, t.mean_rates, eps)
+                _descend(t, g)
         return loss
 
-    def _initialise(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Create the state that does not exist yet."""
-        for p in params:
-            state = self.state[p]
-            if "mean" not in state:
-                state["step"] = torch.zeros((), device=p.device)
-                for name in ("mean", "curvature"):
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if group["decoupled_weight_decay"] and "direction" not in state:
-                (d,) = _directions([state["mean"]], [state["curvature"]], group["sigma"])
-                state["direction"] = d.to(p.dtype)
+    def _step_on_shards(self, weights: Passes) -> None:
+        """Join all sums in one collective before anything moves."""
+        buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in weights.buckets]
+        sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _ in buckets]
+        joined = torch.cat([torch.stack([excess.to(powers.dtype), powers]) for excess, powers in sums], 1)
+        here = times_shards(joined, (p for bucket in weights.buckets for p in bucket.params))
+        whole = mean_over_ranks(here, weights.ranks)
+        parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
+        for (compiled, t, eps), part in zip(buckets, parts, strict=True):
+            excess, fourth_powers = part
+            factors = _factors(excess, fourth_powers, t.mean_rates, eps)
+            (_apply if compiled else _apply.plain)(**t._asdict(), factors=factors)
 
-    def _part(self, group: dict[str, Any], params: list[Tensor]) -> _Part:
-        counts, means, curvatures = (
-            local(self.state[p][name] for p in params) for name in ("step", "mean", "curvature")
+    def _initialise(self) -> None:
+        """Create the state that does not exist yet of tensors with a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "mean" not in state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    for name in ("mean", "curvature"):
+                        state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                if group["decoupled_weight_decay"] and "direction" not in state:
+                    (D,) = _rectified([state["curvature"]], group["sigma"])
+                    state["direction"] = (state["mean"] / D).to(p.dtype)
+
+    def _tensors(self, bucket: Bucket) -> tuple[_Tensors, float]:
+        """Return what a step needs and the epsilon of (8), and count the step."""
+        group, counts = bucket.group, bucket.kept["step"]
+        numbers = [scalars(count) for count in counts]
+        if isinstance(numbers[0], Tensor):
+            t = torch.stack(counts).to(scalar_dtype(counts[0].device))
+            mean_rates, rates, decays = self._rates(group, t)
+        else:
+            at = {t: self._rates(group, t) for t in set(numbers)}
+            mean_rates, rates, decays = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
+        torch._foreach_add_(counts, counts[0].new_ones(()), alpha=1)  # without alpha it would be read as a number
+        stored = group["decoupled_weight_decay"]
+        tensors = _Tensors(
+            params=bucket.shards,
+            grads=bucket.grads,
+            means=bucket.kept["mean"],
+            curvatures=bucket.kept["curvature"],
+            directions=local(self.state[p]["direction"] for p in bucket.params) if stored else [],
+            mean_rates=mean_rates,
+            rates=rates,
+            decays=decays,
+            sigma=group["sigma"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
         )
-        decoupled = group["decoupled_weight_decay"]
-        directions = local(self.state[p]["direction"] for p in params) if decoupled else []
-        t = torch.stack(counts).to(scalar_dtype(params[0].device))
-        torch._foreach_add_(counts, 1)
-        weights = (1 - group["beta"]) / (1 - group["beta"] ** (t + 1))
-        tensors = (local(params), local_gradients(params), means, curvatures, directions, weights)
-        options = (group["sigma"], group["weight_decay"], group["maximize"])
-        return _Part(group, params, (*tensors, *options), self._rates(group, t))
-
-    def _move(self, part: _Part, sums: Tensor, secant: Secant | None = None) -> None:
-        group = part.group
-        eps = group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
-        params, *rest = part.arguments
-        _apply(params, secant, _shifts(sums, eps), part.rates, *rest, fused=group["fused"])
-
-    def _move_shards(self, parts: list[_Part], ranks: list[Any]) -> None:
-        """All sums are made and joined in one collective before anything moves."""
-        here = torch.cat([_observe(*part.arguments, fused=part.group["fused"])[0] for part in parts], 1)
-        here = times_shards(here, (p for part in parts for p in part.params))
-        whole = torch.split(mean_over_ranks(here, ranks), [len(part.params) for part in parts], 1)
-        for part, sums in zip(parts, whole, strict=True):
-            self._move(part, sums)
+        return tensors, group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
 
     @staticmethod
-    def _rates(group: dict[str, Any], t: Tensor) -> Tensor:
-        """Learning rates after t gradients."""
-        lr, end, steps = group["lr"], group["base_lr"], group["warmup_steps"]
+    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any, Any]:
+        """Return a of (9), eta and eta lambda after t gradients; t is a number, or a vector of them."""
+        beta, lr, end, steps = group["beta"], group["lr"], group["base_lr"], group["warmup_steps"]
         if isinstance(lr, Tensor):
-            lr = lr.reshape(())
+            lr = scalars(lr.reshape(()))
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         ramp = start + (end - start) * t / max(steps, 1)
-        after = torch.zeros_like(ramp) + lr  # where() would copy a learning rate that is a tensor on the host
+        warming_up = (t < steps) + 0 * t  # 1 or 0, with the digits of t
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        rates: Tensor = torch.where(t < steps, ramp, after) * (lr != 0)
-        return rates
+        eta = (ramp * warming_up + lr * (1 - warming_up)) * (lr != 0)
+        return (1 - beta) / (1 - beta ** (t + 1)), eta, eta * group["weight_decay"]
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

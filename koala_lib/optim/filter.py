@@ -1,15 +1,16 @@
-"""Filters: one small tensor of scalars for all weights, and the protocol predict -> observe -> step."""
+"""Filters: the scalars that an optimizer keeps for all weights, and the protocol predict -> observe -> step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from koala_lib.optim._engine.checks import CheckedOptimizer, check_lr, check_number, check_real
-from koala_lib.optim._engine.lists import buckets, scalar_dtype
+from koala_lib.optim._engine.lists import scalar_dtype
+from koala_lib.optim._engine.passes import Scalar, scalars
 
 Entries = dict[str, Tensor]  # a filter's scalars by name
 
@@ -93,6 +94,14 @@ class ScalarFilter(CheckedOptimizer):
         return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
 
 
+class Losses(NamedTuple):
+    """The losses seen since ``predict()``."""
+
+    total: Scalar
+    squares: Scalar  # the sum of their squares
+    number: int
+
+
 class LossFilter(ScalarFilter):
     """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
 
@@ -100,7 +109,8 @@ class LossFilter(ScalarFilter):
     """
 
     per_group = ("lr", "weight_decay")
-    _observed: Tensor | None = None  # sum, sum of squares and number of the losses seen since predict()
+    filter_type: Any  # the NamedTuple of the filter's scalars
+    _observed: Losses | None = None
     _observed_dtype = torch.float32
 
     # -- what a subclass fills in ------------------------------------------------------------------------------
@@ -113,8 +123,8 @@ class LossFilter(ScalarFilter):
         """Time update of weights and filter."""
         raise NotImplementedError
 
-    def _update(self, losses: Tensor) -> Tensor:
-        """Measurement update of weights and filter from (sum, sum of squares, number) of the losses; the mean loss."""
+    def _update(self, losses: Losses) -> Scalar:
+        """Measurement update of weights and filter; return the mean loss."""
         raise NotImplementedError
 
     # -- the protocol --------------------------------------------------------------------------------------------
@@ -128,11 +138,10 @@ class LossFilter(ScalarFilter):
         """
         self._observed = None
         if not self.param_groups[0]["predicted"]:
-            self._initialise()
             self._predict()
-            self._set_predicted(True)
+            for group in self.param_groups:
+                group["predicted"] = True
 
-    @torch.no_grad()
     def observe(self, losses: Tensor | float) -> None:
         """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
 
@@ -151,15 +160,15 @@ class LossFilter(ScalarFilter):
             )
         if not isinstance(losses, (Tensor, float, int)):
             raise TypeError(f"losses must be a tensor or a float, got {losses!r} ({type(losses).__name__})")
-        losses = torch.as_tensor(losses)
+        losses = torch.as_tensor(losses).detach()
         if not losses.is_floating_point():
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
         if losses.numel() == 0:
             raise ValueError("losses are empty: a step needs at least one sample")
-        values = losses.to(self._filter().device).to(self._filter().dtype)
-        count = torch.full_like(values.sum(), losses.numel())
-        seen = torch.stack([values.sum(), values.square().sum(), count])
-        self._observed = seen if self._observed is None else self._observed + seen
+        values = losses.to(self.param_groups[0]["filter"])
+        before = self._observed or Losses(0.0, 0.0, 0)
+        total, squares = scalars(values.sum()), scalars(values.square().sum())
+        self._observed = Losses(before.total + total, before.squares + squares, before.number + losses.numel())
         self._observed_dtype = losses.dtype
 
     @torch.no_grad()
@@ -206,17 +215,30 @@ class LossFilter(ScalarFilter):
                 "pass and step(loss=losses) after backward, or observe(losses) before a bare step()"
             )
         mean = self._update(self._observed)
-        self._set_predicted(False)
         self._observed = None
+        for group in self.param_groups:
+            group["predicted"] = False
+        if not isinstance(mean, Tensor):
+            mean = torch.full((), mean, dtype=self._observed_dtype, device=self.param_groups[0]["filter"].device)
         return mean.to(self._observed_dtype)
+
+    # -- the filter's scalars, groups and state -----------------------------------------------------------------
+
+    def _write(self, new: Any, observed: Scalar = True, missing: Any = None) -> None:
+        """Keep new scalars, or others where there was no observation."""
+        values = self.param_groups[0]["filter"]
+        if not isinstance(new[0], Tensor):
+            values.copy_(values.new_tensor(new))
+        elif missing is None:
+            values.copy_(torch.stack(new))
+        else:
+            values.copy_(torch.where(observed, torch.stack(new), torch.stack(missing)))
 
     def filter_state(self) -> dict[str, float]:
         """The filter's scalars by name, as numbers. Reading them waits for the device."""
         values = dict(zip(self.filter_entries, self._filter().tolist(), strict=True))
         del values["skipped_steps"]
         return values
-
-    # -- groups and state ----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -232,11 +254,3 @@ class LossFilter(ScalarFilter):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._observed = None
-
-    def _set_predicted(self, value: bool) -> None:
-        for group in self.param_groups:
-            group["predicted"] = value
-
-    def _buckets(self, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        options = self.param_groups[0]
-        return buckets(params, foreach=options["foreach"], fused=options["fused"])

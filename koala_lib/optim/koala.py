@@ -9,6 +9,7 @@ paper and released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``,
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,113 +17,39 @@ from torch import Tensor
 from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._engine.checks import check_choice, check_dense, check_flag, check_number
-from koala_lib.optim._engine.compiled import Pass
-from koala_lib.optim._engine.lists import decayed, squared_norms, subtract
-from koala_lib.optim._engine.sharded import (
-    check_meshes,
-    is_sharded,
-    local,
-    local_gradients,
-    mean_over_ranks,
-    rank_groups,
-    shard_counts,
-    times_shards,
-)
-from koala_lib.optim.filter import Entries, LossFilter
+from koala_lib.optim._engine.checks import check_choice, check_flag, check_number, options_among
+from koala_lib.optim._engine.passes import KoalaPasses, Scalar, scalars
+from koala_lib.optim._engine.sharded import check_meshes
+from koala_lib.optim.filter import Losses, LossFilter
 
 __all__ = ["KoalaM", "KoalaV"]
 
 
-# ---- passes over the weights: lists of tensors of one device and dtype ------------------------------------------
+class PositionFilter(NamedTuple):
+    """The scalars of KOALA-V."""
+
+    variance: Scalar  # P
+    process_noise: Scalar  # Q
+    measurement_noise: Scalar  # R
+    skipped_steps: Scalar
 
 
-def _average(averages: list[Tensor], params: list[Tensor], weights: Tensor) -> None:
-    """x_avg += weight (x - x_avg), with a weight for each tensor."""
-    for average, x, weight in zip(averages, params, weights.to(params[0].dtype).unbind(), strict=True):
-        average.lerp_(x, weight)
+class MomentumFilter(NamedTuple):
+    """The scalars of KOALA-M."""
 
-
-@Pass
-def _advance(
-    params: list[Tensor], velocities: list[Tensor], averages: list[Tensor], momentum: float, weight: float
-) -> Tensor | None:
-    """x_avg += weight (x - x_avg), then x += p and p *= kappa; |x - x_avg|^2 of every tensor before x moved."""
-    drifts = None
-    if averages:
-        if isinstance(weight, Tensor):  # compiled
-            _average(averages, params, weight.expand(len(averages)))
-        elif weight:
-            torch._foreach_lerp_(averages, params, weight)
-        drifts = torch.stack(squared_norms(torch._foreach_sub(params, averages)))
-    if velocities:
-        torch._foreach_add_(params, velocities)
-        torch._foreach_mul_(velocities, momentum)
-    return drifts
-
-
-@Pass
-def _observe(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
-    """|g|^2, |h|^2 and |x|^2 of every tensor; without weight decay the first ones twice and zeros."""
-    raw = torch.stack(squared_norms(grads))
-    if not isinstance(weight_decay, Tensor) and not weight_decay:
-        return torch.stack([raw, raw, torch.zeros_like(raw)])
-    squared = squared_norms(decayed(params, grads, weight_decay)), squared_norms(params)
-    return torch.stack([raw, *map(torch.stack, squared)])
-
-
-@Pass
-def _correct(
-    params: list[Tensor],
-    velocities: list[Tensor],
-    averages: list[Tensor],
-    grads: list[Tensor],
-    weight_decay: float,
-    observed: Tensor,
-    steps: Tensor,
-    velocity_steps: Tensor,
-    weights: Tensor,
-) -> None:
-    """x -= step h and p -= velocity step h, where there was an observation, then x_avg += weight (x - x_avg)."""
-    # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
-    zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
-    directions = [torch.where(observed, h, zero) for h in decayed(params, grads, weight_decay)]
-    subtract(params, directions, steps)
-    if velocities:
-        subtract(velocities, directions, velocity_steps)
-    if averages:
-        _average(averages, params, weights)
-
-
-# ---- the optimizers ----------------------------------------------------------------------------------------------
-
-
-class _Bucket(NamedTuple):
-    """Tensors that are treated at once, and what of them and of their gradients lies on this rank."""
-
-    params: list[Tensor]
-    weights: list[Tensor]
-    grads: list[Tensor]
-
-
-class _Blocks(NamedTuple):
-    """What one param group observed; one entry per tensor that has a gradient, in the order of the buckets."""
-
-    group: dict[str, Any]
-    buckets: list[_Bucket]
-    raw: Tensor  # |g_i|^2
-    decayed: Tensor  # |h_i|^2
-    decay_loss: Tensor  # lambda / 2 |x_i|^2
-
-    @property
-    def params(self) -> list[Tensor]:
-        return [p for bucket in self.buckets for p in bucket.params]
+    variance: Scalar  # A = sigma_x^2
+    covariance: Scalar  # C = sigma_c^2
+    velocity_variance: Scalar  # B = sigma_p^2
+    process_noise: Scalar  # q_x^2
+    measurement_noise: Scalar  # R
+    skipped_steps: Scalar
 
 
 class _Koala(LossFilter):
-    """What KOALA-V and KOALA-M share: noise estimates, layer-wise gains, skip rule."""
+    """What KOALA-V and KOALA-M share: Algorithm 1 with gains per layer (25), noise estimates, skip rule."""
 
     has_velocity: bool
+    _process_group: Any = None
 
     def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
         for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
@@ -152,159 +79,92 @@ class _Koala(LossFilter):
         self._process_group = process_group
         super().__init__(params, options, initial)
 
-    _process_group: Any = None
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The options that all groups share."""
-        return self.param_groups[0]
-
-    @property
-    def _released(self) -> bool:
-        return bool(self._options["formulas"] == "released")
-
-    def _initialise(self) -> None:
-        start = torch.zeros_like if self._released else torch.clone  # x_avg: released row 2
-        for group in self.param_groups:
-            for p in group["params"]:
-                if self.has_velocity and "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                if self._options["process_noise"] is None and "average" not in self.state[p]:
-                    self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
-
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         if self._process_group is not None:
             check_meshes(group["params"], self._process_group)
 
-    # -- time update -----------------------------------------------------------------------------------------------
+    def _initialise(self) -> None:
+        options = self.param_groups[0]
+        start = torch.zeros_like if options["formulas"] == "released" else torch.clone  # x_avg: released row 2
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.has_velocity and "velocity" not in self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                if options["process_noise"] is None and "average" not in self.state[p]:
+                    self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
+
+    # -- Table 1, time update --------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
-        entries, drift = self._entries(), self._advance_weights()
-        if drift is not None:  # q_x^2 of eqs. 23 and 24, or the released smoothed |x - x_avg| / n (released row 1)
-            q, n = entries["process_noise"], sum(p.numel() for group in self.param_groups for p in group["params"])
-            beta = self._options["noise_decay"]
-            estimate = kalman.running_average(q, drift.sqrt() / n, beta) if self._released else drift / n
-            entries["process_noise"] = estimate
-        entries |= self._predict_covariance(entries)
-        self._filter().copy_(torch.stack([entries[name] for name in self.filter_entries]))
-
-    def _advance_weights(self) -> Tensor | None:
-        """Move what has a velocity; |x_{k-1} - x_avg|^2, where the process noise is estimated from it."""
-        options, adaptive = self._options, self._options["process_noise"] is None
-        if not self.has_velocity and not adaptive:
-            return None
-        params = [p for group in self.param_groups for p in group["params"]]
-        kappa = options["momentum"] if self.has_velocity else 0.0
-        weight = 0.0 if self._released else 1 - options["noise_decay"]  # released row 2: after the update
-        drift = torch.zeros_like(self._filter()[0])
-        for bucket in self._buckets(params):
-            velocities = self._kept(bucket, "velocity", self.has_velocity)
-            averages = self._kept(bucket, "average", adaptive)
-            drifts = _advance(local(bucket), velocities, averages, kappa, weight, fused=options["fused"])
-            if adaptive:
-                for squared, shards in zip(drifts.to(drift.device).unbind(), shard_counts(bucket), strict=True):
-                    drift.add_(squared, alpha=shards)
-        if not adaptive:
-            return None
-        return mean_over_ranks(drift, self._rank_groups()) if any(map(is_sharded, params)) else drift
-
-    def _kept(self, params: list[Tensor], name: str, exists: bool) -> list[Tensor]:
-        return local(self.state[p][name] for p in params) if exists else []
-
-    def _predict_covariance(self, entries: Entries) -> Entries:
-        raise NotImplementedError
-
-    # -- measurement update ----------------------------------------------------------------------------------------
-
-    def _update(self, losses: Tensor) -> Tensor:
-        options, entries = self._options, self._entries()
-        groups = [blocks for group in self.param_groups if (blocks := self._observe_group(group)).buckets]
-        if not groups:  # no gradient anywhere: nothing was observed
-            entries["skipped_steps"].add_(1)
-            return losses[0] / losses[2]
-        sizes = [len(blocks.raw) for blocks in groups]
-        losses, raw, squared, decay_loss = self._reduced(losses, groups)
-        mean, mean_square = losses[0] / losses[2], losses[1] / losses[2]
-
-        # Skip rule: the paper leaves out the whole step, the released code single tensors (released row 8).
-        finite = torch.isfinite(mean_square) & torch.isfinite(raw.sum())
-        seen = raw if self._released else raw.sum().expand_as(raw)
-        usable = (seen.sqrt() >= options["min_grad_norm"]) & finite
-
-        R = entries["measurement_noise"]
-        if options["measurement_noise"] is None:  # (22) against target 0, used in the same step (released rows 4, 5)
-            R = kalman.running_average(R, mean_square, options["noise_decay"])
-
-        squared = squared.masked_fill(~usable, 0.0)
-        if options["blocks"] == "global":
-            squared = squared.sum().expand_as(squared)
-            decay_loss = decay_loss.masked_fill(~usable, 0.0).sum().expand_as(squared)
-        residual = mean + decay_loss if options["target_risk"] == "relative" else torch.ones_like(squared)
-        S = kalman.innovation_variance(entries["variance"], squared, R)
-        usable = usable & (S > 0)  # S = 0: neither the loss nor the weights are uncertain, so there is nothing to learn
-        step = torch.where(usable, residual / S, 0.0)  # e / S at lr = 1
-        for blocks, part, mask in zip(groups, torch.split(step, sizes), torch.split(usable, sizes), strict=True):
-            self._correct_group(blocks, entries, part * blocks.group["lr"], mask)
-
-        # (25): one covariance for all blocks, conditioned on the largest, since t -> t / (A t + R) increases.
-        posterior = entries | self._condition_covariance(entries, squared.max(), R) | {"measurement_noise": R}
-        missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
-        new, old = (torch.stack([e[name] for name in self.filter_entries]) for e in (posterior, missing))
-        self._filter().copy_(torch.where(usable.any(), new, old))
-        return mean
-
-    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
-        raise NotImplementedError
-
-    def _observe_group(self, group: dict[str, Any]) -> _Blocks:
-        """Norms of the group's gradients; nothing is changed."""
-        params = [p for p in group["params"] if p.grad is not None]
-        check_dense(type(self).__name__, params)
-        weight_decay, entries = group["weight_decay"], self._filter()
-        buckets = [_Bucket(ps, local(ps), local_gradients(ps)) for ps in self._buckets(params)]
-        norms = [_observe(b.weights, b.grads, weight_decay, fused=self._options["fused"]) for b in buckets]
-        g2, h2, x2 = torch.cat([n.to(entries.device) for n in norms], 1) if norms else entries.new_zeros(3, 0)
-        return _Blocks(group, buckets, g2, h2, weight_decay / 2 * x2)
-
-    def _rank_groups(self) -> list[Any]:
-        """The process groups whose ranks keep one filter."""
-        if self._process_group is not None:
-            return [self._process_group]
-        return rank_groups(p for group in self.param_groups for p in group["params"])
-
-    def _reduced(self, losses: Tensor, groups: list[_Blocks]) -> tuple[Tensor, ...]:
-        """Losses, and the three norms of all blocks: means over the ranks, in one collective, of whole tensors."""
-        norms = torch.cat([torch.stack([b.raw, b.decayed, b.decay_loss]) for b in groups], 1)
-        if ranks := self._rank_groups():
-            norms = times_shards(norms, (p for blocks in groups for p in blocks.params))
-            together = mean_over_ranks(torch.cat([losses, norms.flatten()]), ranks)
-            losses, norms = together[: len(losses)], together[len(losses) :].view_as(norms)
-        return losses, *norms
-
-    def _correct_group(self, blocks: _Blocks, entries: Entries, step: Tensor, usable: Tensor) -> None:
-        """x -= A e / S h and p -= C e / S h for the tensors of one group (12), (25)."""
-        # The released KOALA-V moves along the gradient without weight decay (released row 9).
-        plain = self._released and not self.has_velocity
-        weight_decay = 0.0 if plain else blocks.group["weight_decay"]
-        averaging = self._released and self._options["process_noise"] is None
-        # x_avg moves after the update, for tensors with a usable gradient only (released row 2)
-        weights = (1 - self._options["noise_decay"]) * usable.to(step.dtype)
-        velocity_step = entries["covariance"] * step if self.has_velocity else torch.zeros_like(step)
-        factors = torch.stack([entries["variance"] * step, velocity_step, weights])
-        sizes = [len(bucket.params) for bucket in blocks.buckets]
-        for bucket, of_bucket in zip(blocks.buckets, torch.split(factors, sizes, 1), strict=True):
-            device = bucket.params[0].device
-            _correct(
-                bucket.weights,
-                self._kept(bucket.params, "velocity", self.has_velocity),
-                self._kept(bucket.params, "average", averaging),
-                bucket.grads,
-                weight_decay,
-                usable.any().to(device),
-                *of_bucket.to(device).unbind(),
-                fused=self._options["fused"],
+        options, state = self.param_groups[0], self.filter_type(*scalars(self._filter()))
+        adaptive, released = options["process_noise"] is None, options["formulas"] == "released"
+        beta, q = options["noise_decay"], state.process_noise
+        if self.has_velocity or adaptive:
+            kept = ["velocity"] * self.has_velocity + ["average"] * adaptive
+            weights = KoalaPasses(self, kept, observed=False, process_group=self._process_group)
+            drift = weights.advance(
+                momentum=options["momentum"] if self.has_velocity else 0.0,
+                average_rate=0.0 if released else 1 - beta,  # (23); released row 2: after the update
             )
+        if adaptive:
+            n = sum(p.numel() for group in self.param_groups for p in group["params"])
+            q_x = drift / n  # |x_{k-1} - x_avg|^2 / n (24)
+            q = kalman.running_average(q, drift**0.5 / n, beta) if released else q_x  # released row 1
+        self._write(self._predict_covariance(state, q))
+
+    def _predict_covariance(self, state: Any, q: Scalar) -> Any:
+        """P^ = F P F^T + Q."""
+        raise NotImplementedError
+
+    # -- Table 1, measurement update -------------------------------------------------------------------------------
+
+    def _update(self, losses: Losses) -> Scalar:
+        options, state = self.param_groups[0], self.filter_type(*scalars(self._filter()))
+        released, beta = options["formulas"] == "released", options["noise_decay"]
+        averages = released and options["process_noise"] is None
+        kept = ["velocity"] * self.has_velocity + ["average"] * averages
+        weights = KoalaPasses(self, kept, observed=True, process_group=self._process_group)
+        missing = state._replace(skipped_steps=state.skipped_steps + 1)
+        if not weights.buckets:  # no gradient anywhere
+            self._write(missing)
+            return losses.total / losses.number
+        seen = weights.observe(
+            losses,
+            least=options["min_grad_norm"] if released else None,  # released row 8
+            together=options["blocks"] == "global",
+        )
+        L, A, R = seen.loss, state.variance, state.measurement_noise
+        if options["measurement_noise"] is None:  # against target 0, used in the same step (released rows 4, 5)
+            R = beta * R + (1 - beta) * seen.squared_loss  # (22)
+
+        # A step is skipped if the gradient is too small, or loss or gradient are not finite; or if no S_i > 0: neither
+        # the loss nor the weights are uncertain, so there is nothing to learn.
+        observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm < math.inf) & (seen.squared_loss < math.inf)
+        observed = observed & (A * seen.largest + R > 0)
+        if observed is False:
+            self._write(missing)
+            return L
+
+        gains = []
+        for squared_norm, penalty, lr, part in seen.blocks:
+            e = lr * (L + penalty) if options["target_risk"] == "relative" else lr  # (28), or (27)
+            S = A * squared_norm + R  # Table 1 with P = A I (11)
+            gains.append(part * e / (S + (S == 0)))  # a single S_i = 0 means that A or h_i is 0, and x_i stays
+        weights.correct(
+            steps=[A * gain for gain in gains],  # x_i -= P^ e_i / S_i h_i (12)
+            velocity_steps=[state.covariance * gain for gain in gains] if self.has_velocity else None,
+            average_rates=[(1 - beta) * part for *_, part in seen.blocks] if averages else None,  # released row 2
+            weight_decay=self.has_velocity or not released,  # released row 9
+            observed=observed,
+        )
+        # (25): one covariance for all blocks, conditioned on the largest, since t -> t / (A t + R) increases.
+        self._write(self._condition_covariance(state, seen.largest, R), observed, missing)
+        return L
+
+    def _condition_covariance(self, state: Any, squared_norm: Scalar, R: Scalar) -> Any:
+        """P = (I - K H) P^."""
+        raise NotImplementedError
 
 
 class KoalaV(_Koala):
@@ -369,7 +229,8 @@ class KoalaV(_Koala):
     """
 
     has_velocity = False
-    filter_entries = ("variance", "process_noise", "measurement_noise", "skipped_steps")
+    filter_type = PositionFilter
+    filter_entries = PositionFilter._fields
 
     def __init__(
         self,
@@ -390,18 +251,20 @@ class KoalaV(_Koala):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")}
+        options = options_among(locals())
         if formulas == "released" and process_noise is None:
             raise ValueError(
                 "process_noise=None needs formulas='paper': the released KOALA-V has a fixed process noise only"
             )
         super().__init__(params, options, process_group)
 
-    def _predict_covariance(self, entries: Entries) -> Entries:
-        return {"variance": kalman.predict_position(entries["variance"], entries["process_noise"])}
+    def _predict_covariance(self, state: PositionFilter, q: Scalar) -> PositionFilter:
+        P = kalman.predict_position(state.variance, q)  # P^ = P + Q
+        return state._replace(variance=P, process_noise=q)
 
-    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
-        return {"variance": kalman.condition_position(entries["variance"], squared_norm, R)}
+    def _condition_covariance(self, state: PositionFilter, squared_norm: Scalar, R: Scalar) -> PositionFilter:
+        P = kalman.condition_position(state.variance, squared_norm, R)  # (13)
+        return state._replace(variance=P, measurement_noise=R)
 
 
 class KoalaM(_Koala):
@@ -449,14 +312,8 @@ class KoalaM(_Koala):
     """
 
     has_velocity = True
-    filter_entries = (
-        "variance",
-        "covariance",
-        "velocity_variance",
-        "process_noise",
-        "measurement_noise",
-        "skipped_steps",
-    )
+    filter_type = MomentumFilter
+    filter_entries = MomentumFilter._fields
 
     def __init__(
         self,
@@ -481,7 +338,7 @@ class KoalaM(_Koala):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("self", "params", "process_group", "__class__")}
+        options = options_among(locals())
         for name in ("initial_variance", "initial_velocity_variance", "velocity_noise"):
             check_number(name, options[name])
         check_number("momentum", momentum, high=1.0)
@@ -493,12 +350,11 @@ class KoalaM(_Koala):
             )
         super().__init__(params, options, process_group)
 
-    def _predict_covariance(self, entries: Entries) -> Entries:
-        P = kalman.MomentumCovariance(*(entries[name] for name in kalman.MomentumCovariance._fields))
-        options = self._options
-        P = kalman.predict_momentum(P, options["momentum"], entries["process_noise"], options["velocity_noise"])
-        return P._asdict()
+    def _predict_covariance(self, state: MomentumFilter, q: Scalar) -> MomentumFilter:
+        options, P = self.param_groups[0], kalman.MomentumCovariance(*state[:3])
+        P = kalman.predict_momentum(P, options["momentum"], q, options["velocity_noise"])  # (19)
+        return MomentumFilter(*P, q, *state[4:])
 
-    def _condition_covariance(self, entries: Entries, squared_norm: Tensor, R: Tensor) -> Entries:
-        P = kalman.MomentumCovariance(*(entries[name] for name in kalman.MomentumCovariance._fields))
-        return kalman.condition_momentum(P, squared_norm, R)._asdict()
+    def _condition_covariance(self, state: MomentumFilter, squared_norm: Scalar, R: Scalar) -> MomentumFilter:
+        P = kalman.condition_momentum(kalman.MomentumCovariance(*state[:3]), squared_norm, R)  # (21)
+        return MomentumFilter(*P, state.process_noise, R, state.skipped_steps)

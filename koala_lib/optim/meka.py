@@ -10,7 +10,7 @@ optimizer with full matrices and slow loops in the paper's symbols.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import kalman
-from koala_lib.moments import METHODS, sample_moments
+from koala_lib.moments import METHODS, Along, observe, sample_moments
 from koala_lib.optim._engine.checks import check_choice, check_number
 from koala_lib.optim._engine.lists import scalar_dtype
 from koala_lib.optim._engine.sharded import is_sharded
@@ -28,6 +28,7 @@ from koala_lib.step_size import RULES, PredictedChange
 __all__ = ["Meka"]
 
 ADAM_EPS = 1e-8  # epsilon of eq. (9)
+VARIANCES = ("mean", "directional", "sum")
 
 
 class _Observed(NamedTuple):
@@ -38,8 +39,18 @@ class _Observed(NamedTuple):
     loss_variance: Tensor
     gradient_variance: Tensor
     product_variance: Tensor
+    curvature_variance: Tensor  # of d^T B_i d
     gradients: list[Tensor]  # g
     products: list[Tensor]  # Hessian times direction
+    along: Callable[[Mapping[str, Tensor]], Along] | None  # slope and curvature along another direction
+
+
+class _Ahead(NamedTuple):
+    """What a minibatch says about the new direction delta."""
+
+    curvature: Tensor  # delta^T B delta
+    slope_variance: Tensor  # delta^T P delta
+    curvature_variance: Tensor  # delta^T Q delta
 
 
 def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
@@ -53,11 +64,33 @@ def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     return torch.stack(sums).sum(dtype=scalar_dtype(sums[0].device))
 
 
+def _weights(tensors: list[Tensor]) -> int:
+    """n."""
+    return sum(t.numel() for t in tensors)
+
+
 def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]:
     """delta = -m, or -m / (sqrt(m^2 + p) + eps): a N(m, p) variable has the second moment m^2 + p (eq. 9)."""
     if kind == "gradient":
         return list(torch._foreach_neg(means))
     return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether a step may read a tensor: on an accelerator it would wait, and masks are three times a copy's work."""
+    return device.type == "cpu"
+
+
+def trusted_value(
+    value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor
+) -> kalman.ValueEstimate:
+    """:func:`koala_lib.kalman.condition_value` with lambda = 0."""
+    gain = kalman.gain(variance, measurement_noise)
+    return kalman.ValueEstimate(
+        value=value + gain * (observation - value),
+        variance=kalman.condition_variance(variance, measurement_noise),
+        model_error=torch.zeros_like(variance),
+    )
 
 
 class Meka(ScalarFilter):
@@ -87,17 +120,33 @@ class Meka(ScalarFilter):
             finite optima are used as they are.
         moments: how per-sample moments are computed: ``"auto"``, ``"vmap"`` or ``"structured"``.
         prior_variance: p and s before the first step, where m = u = 0.
+        variances: what stands for :math:`\delta^\top P \delta` and :math:`\delta^\top Q \delta` in eq. 11, and for the
+            same of the last displacement in the filter of the loss (eq. 16). ``"mean"`` is section 4 to the letter
+            ("we approximate them as scalar objects ... by averaging over all dimensions"): p and q times
+            :math:`|\delta|^2`, which is right where the noise is the same in all directions, and far too small along
+            a gradient of a network. ``"directional"`` is what eq. 11 asks for, the variances of
+            :math:`\delta^\top g` and :math:`\delta^\top B \delta` themselves, over the samples of the minibatch: P is
+            K Sigma by eqs. 7 and 8, so that :math:`\delta^\top P \delta` is k times the former. ``"sum"`` has the
+            traces of P and Q in place of their means, n times as large for n weights: no direction is more uncertain
+            than that. The gain k is a ratio, the same in all three.
+        third_order: appendix B.2: "we can instead add the term [lambda |alpha delta|^6] to the variance", with
+            lambda / |d|^6 (eq. 23) from the last displacement d. It keeps the steps of ``"pi"`` finite where the
+            curvature is negative. In the filter of the loss nothing else changes, but that there is no model error
+            where d = 0. "We did not fully test this approach", the paper says.
         curvature_smoothing: coefficient of an average of b / |delta|^2, with which a rule then computes alpha* instead
-            of the minibatch's own. Appendix B.2 says that in practice the curvature was averaged, and not how; 0 is
-            the algorithm of section 3 and appendix A.
+            of the minibatch's own. Appendix B.2 has "the exponential moving averaged curvature used in practice", and
+            not how; 0 is the algorithm of section 3 and appendix A, which average no curvature. With ``lr=1`` it
+            matters more than ``variances``: one minibatch that shows little curvature makes a large step, and the
+            average of alpha goes on making it.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
 
     sigma, q and r are variances of minibatch *means*: the unbiased variances of the samples, averaged over the weights,
-    divided by B. A rule needs the curvature and its variance along the new direction, so it costs a second
-    Hessian-vector product a step. Where the paper's formulas are misprinted this is what they must mean: the process
-    noise of eq. 6 is that of the b added, and m stands squared in the denominator of eq. 9.
+    divided by B. A rule needs the curvature and its variance along the new direction: one more pass of tangents a step
+    for ``"directional"`` and for ``"quadratic"``, else all moments a second time. Where the paper's formulas are
+    misprinted this is what they must mean: the process noise of eq. 6 is that of the b added, and m stands squared in
+    the denominator of eq. 9.
 
     One process only: DDP and FSDP average gradients, which the variances between samples cannot be got from.
 
@@ -132,7 +181,8 @@ class Meka(ScalarFilter):
         "curvature",  # b
         "step_size_optimum",  # alpha*
         "step_size",  # lr alpha
-        # not reported: averages and the sums of their weights
+        # not reported: d^T P d of the last displacement; averages and the sums of their weights
+        "displacement_variance",
         "alpha",  # of alpha*
         "curvature_average",  # of b / |delta|^2
         "measurement_noise_weight",
@@ -141,7 +191,8 @@ class Meka(ScalarFilter):
         "curvature_average_weight",
         "skipped_steps",
     )
-    _hidden = filter_entries[filter_entries.index("alpha") :]
+    traced = ("step_size", "model_error", "value_variance")  # entries whose means describe a run
+    _hidden = filter_entries[filter_entries.index("displacement_variance") :]
     _of_rules = ("slope", "curvature", "step_size_optimum")
 
     def __init__(
@@ -156,6 +207,8 @@ class Meka(ScalarFilter):
         max_step_size: float = 1.0,
         moments: str = "auto",
         prior_variance: float = 1e4,
+        variances: str = "mean",
+        third_order: bool = False,
         curvature_smoothing: float = 0.0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -175,6 +228,9 @@ class Meka(ScalarFilter):
         check_number("max_step_size", max_step_size, open_low=True)
         check_choice("moments", moments, METHODS)
         check_number("prior_variance", prior_variance, open_low=True)
+        check_choice("variances", variances, VARIANCES)
+        if not isinstance(third_order, bool):
+            raise TypeError(f"third_order must be True or False, got {third_order!r}")
         check_number("curvature_smoothing", curvature_smoothing, high=1.0)
         options = {
             "lr": lr,
@@ -184,6 +240,8 @@ class Meka(ScalarFilter):
             "max_step_size": max_step_size,
             "moments": moments,
             "prior_variance": prior_variance,
+            "variances": variances,
+            "third_order": third_order,
             "curvature_smoothing": curvature_smoothing,
         }
         self.model, self.loss_fn = model, loss_fn
@@ -209,36 +267,61 @@ class Meka(ScalarFilter):
         named = self._named_parameters()
         means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
         observed = self._observe(inputs, targets, named, moves)
-        entries = self._entries()
+        entries, samples = self._entries(), len(targets)
         missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
 
-        samples, decay = len(targets), self.param_groups[0]["smoothing"]
-        # variances of minibatch means (reading M-1)
-        q = entries["process_noise"] = observed.product_variance / samples
-        sigma = self._average(entries, "measurement_noise", observed.gradient_variance / samples, decay)
-        r = self._average(entries, "value_noise", observed.loss_variance / samples, decay)
-        m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
-        p = entries["variance"]
-        predicted = kalman.predict_value(entries["value"], entries["value_variance"], m_d, d_b, p * d_d, q * d_d)
-        u, s, error = self._condition_value(*predicted, observed.loss, r)
-        entries |= {"value": u, "value_variance": s, "model_error": error}
+        cubic = self._filter_value(entries, observed, means, moves, samples)
+        means = self._filter_gradient(entries, observed, means, samples)
+        options = self.param_groups[0]
+        direction = _direction(means, entries["variance"], options["direction"])
+        ahead = self._ahead(entries, observed, inputs, targets, named, direction)
+        alpha = self._choose_step(entries, ahead, means, direction, cubic)
+        entries["step_size"] = alpha * options["lr"]
+        if options["variances"] == "directional":
+            variance = self._displacement_variance(entries, observed, ahead, named, direction, samples)
+            entries["displacement_variance"] = alpha.square() * variance
 
-        p = kalman.predict_position(p, q)
-        k = kalman.gain(p, sigma)
-        entries |= {"gain": k, "variance": kalman.condition_variance(p, sigma)}
-        transported = torch._foreach_add(means, observed.products)
-        means = [m.lerp(g, k.to(m.dtype)) for m, g in zip(transported, observed.gradients, strict=True)]
-
-        direction = _direction(means, entries["variance"], self.param_groups[0]["direction"])
-        alpha = self._choose_step(entries, inputs, targets, named, means, direction)
-        entries["step_size"] = alpha * self.param_groups[0]["lr"]
-
-        norm = _dot(observed.gradients, observed.gradients)
-        usable = torch.stack([*entries.values(), norm]).isfinite().all()
+        # sigma and q are not finite if any entry of a gradient or a product is not
+        usable = torch.stack(list(entries.values())).isfinite().all()
         self._move(usable, named, means, direction, alpha)
         new, old = (torch.stack([e[name] for name in self.filter_entries]) for e in (entries, missing))
         self._filter().copy_(torch.where(usable, new, old))
         return observed.mean_loss
+
+    def _filter_value(
+        self, entries: Entries, observed: _Observed, means: list[Tensor], moves: list[Tensor], samples: int
+    ) -> Tensor:
+        """u, s, r, lambda and q (appendix B), with m and p of the step before; lambda / |d|^6, 0 where d = 0."""
+        options = self.param_groups[0]
+        # variances of minibatch means (reading M-1)
+        q = entries["process_noise"] = observed.product_variance / samples
+        r = self._average(entries, "value_noise", observed.loss_variance / samples, options["smoothing"])
+        m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
+        if options["variances"] == "directional":
+            d_P_d, d_Q_d = entries["displacement_variance"], observed.curvature_variance / samples
+        else:
+            factor = _weights(means) if options["variances"] == "sum" else 1
+            d_P_d, d_Q_d = factor * entries["variance"] * d_d, factor * q * d_d
+        predicted = kalman.predict_value(entries["value"], entries["value_variance"], m_d, d_b, d_P_d, d_Q_d)
+        estimate = self._condition_value(*predicted, observed.loss, r)
+        if options["third_order"]:  # the error is lambda3 |d|^6, which is none without a displacement
+            at_rest = trusted_value(*predicted, observed.loss, r)
+            pairs = zip(estimate, at_rest, strict=True)
+            estimate = kalman.ValueEstimate(*(torch.where(d_d > 0, moved, rest) for moved, rest in pairs))
+        entries |= {"value": estimate.value, "value_variance": estimate.variance, "model_error": estimate.model_error}
+        return torch.where(d_d > 0, estimate.model_error / d_d**3, 0.0)
+
+    def _filter_gradient(
+        self, entries: Entries, observed: _Observed, means: list[Tensor], samples: int
+    ) -> list[Tensor]:
+        """k, p, sigma (eqs. 6-8); returns m."""
+        sigma = observed.gradient_variance / samples
+        sigma = self._average(entries, "measurement_noise", sigma, self.param_groups[0]["smoothing"])
+        p = kalman.predict_position(entries["variance"], entries["process_noise"])
+        k = kalman.gain(p, sigma)
+        entries |= {"gain": k, "variance": kalman.condition_variance(p, sigma)}
+        transported = torch._foreach_add(means, observed.products)
+        return [m.lerp(g, k.to(m.dtype)) for m, g in zip(transported, observed.gradients, strict=True)]
 
     @staticmethod
     def _average(entries: Entries, name: str, value: Tensor, decay: float) -> Tensor:
@@ -247,48 +330,102 @@ class Meka(ScalarFilter):
         entries |= {name: average, name + "_weight": weight}
         return average
 
-    def _choose_step(
+    def _ahead(
         self,
         entries: Entries,
+        observed: _Observed,
         inputs: Tensor,
         targets: Tensor,
         named: dict[str, Tensor],
-        means: list[Tensor],
         direction: list[Tensor],
+    ) -> _Ahead | None:
+        """delta^T B delta, and what stands for delta^T P delta and delta^T Q delta (M-15), where it is asked for.
+
+        For Q the Hessian is multiplied with the new direction (reading M-3). P = k Sigma, so along delta it is k times
+        the variance of delta^T g.
+        """
+        options, samples = self.param_groups[0], len(targets)
+        new = dict(zip(named, direction, strict=True))
+        if observed.along is not None:
+            along = Along(*(number.to(self._filter()) for number in observed.along(new)))
+            p, q = entries["gain"] * along.slope_variance, along.curvature_variance
+            return _Ahead(along.curvature, p / samples, q / samples)
+        if options["step_size"] == "constant":
+            return None
+        moments = sample_moments(self.model, self.loss_fn, inputs, targets, new, method=options["moments"])
+        assert moments.curvature is not None
+        assert moments.hvp_variance is not None
+        curvature, q = (number.to(self._filter()) for number in (moments.curvature, moments.hvp_variance))
+        squared = _dot(direction, direction) * (_weights(direction) if options["variances"] == "sum" else 1)
+        return _Ahead(curvature, entries["variance"] * squared, q / samples * squared)
+
+    def _choose_step(
+        self, entries: Entries, ahead: _Ahead | None, means: list[Tensor], direction: list[Tensor], cubic: Tensor
     ) -> Tensor:
         """alpha; what a rule found out is written into ``entries``."""
         options = self.param_groups[0]
         if options["step_size"] == "constant":
             return torch.ones_like(entries["alpha"])
-        ahead = self._moments(inputs, targets, named, direction)  # along the new direction (reading M-3)
-        squared, curvature = _dot(direction, direction), _dot(direction, ahead.products)
+        assert ahead is not None
+        squared, curvature = _dot(direction, direction), ahead.curvature
+        if options["curvature_smoothing"]:
+            relative = torch.where(squared > 0, curvature / squared, entries["curvature_average"])
+            self._average(entries, "curvature_average", relative, options["curvature_smoothing"])
+            curvature = entries["curvature_average"] * squared
         change = PredictedChange(
             slope=-_dot(direction, means),
             curvature=curvature,
             value_variance=entries["value_variance"],
-            slope_variance=entries["variance"] * squared,
-            curvature_variance=ahead.product_variance / len(targets) * squared,
+            slope_variance=ahead.slope_variance,
+            curvature_variance=ahead.curvature_variance,
+            third_order=cubic * squared**3 if options["third_order"] else None,
         )
-        if options["curvature_smoothing"]:
-            relative = torch.where(squared > 0, curvature / squared, entries["curvature_average"])
-            self._average(entries, "curvature_average", relative, options["curvature_smoothing"])
-            change = change._replace(curvature=entries["curvature_average"] * squared)
         optimum = RULES[options["step_size"]](change, options["max_step_size"])
-        entries |= {"slope": change.slope, "curvature": curvature, "step_size_optimum": optimum}
+        entries |= {"slope": change.slope, "curvature": ahead.curvature, "step_size_optimum": optimum}
         alpha = self._average(entries, "alpha", optimum, options["smoothing"])
         # a product that is not finite may leave a finite optimum behind, the cap
         return torch.where(change.curvature_variance.isfinite(), alpha, torch.nan)
+
+    def _displacement_variance(
+        self,
+        entries: Entries,
+        observed: _Observed,
+        ahead: _Ahead | None,
+        named: dict[str, Tensor],
+        direction: list[Tensor],
+        samples: int,
+    ) -> Tensor:
+        """v^T P v of v = lr delta; the displacement is alpha v."""
+        assert ahead is not None
+        if len(self.param_groups) == 1:
+            scaled: Tensor = ahead.slope_variance * self.param_groups[0]["lr"] ** 2
+            return scaled
+        lr = self._rates()  # which may differ, so that v is no multiple of delta
+        assert observed.along is not None
+        moved = observed.along({name: delta * lr[p] for (name, p), delta in zip(named.items(), direction, strict=True)})
+        return entries["gain"] * moved.slope_variance.to(self._filter()) / samples
+
+    def _rates(self) -> dict[Tensor, float | Tensor]:
+        return {p: group["lr"] for group in self.param_groups for p in group["params"]}
 
     def _move(
         self, usable: Tensor, named: dict[str, Tensor], means: list[Tensor], direction: list[Tensor], alpha: Tensor
     ) -> None:
         """Store the filtered gradients and displace the weights, where there was an observation."""
-        lr = {p: group["lr"] for group in self.param_groups for p in group["params"]}
-        for p, mean, delta in zip(named.values(), means, direction, strict=True):
-            state, move = self.state[p], delta * (alpha * lr[p])
-            state["mean"].copy_(torch.where(usable, mean, state["mean"]))
-            state["displacement"].copy_(torch.where(usable, move, state["displacement"]))
-            p.add_(torch.where(usable, move, 0.0))
+        lr, states = self._rates(), [self.state[p] for p in named.values()]
+        moves = [delta * (alpha * lr[p]) for p, delta in zip(named.values(), direction, strict=True)]
+        kept = [[state[name] for state in states] for name in ("mean", "displacement")]
+        steps = moves
+        if reading_is_free(usable.device):
+            if not usable:
+                return
+        else:
+            means, moves = ([torch.where(usable, new, x) for new, x in zip(news, old, strict=True)]
+                            for news, old in zip((means, moves), kept, strict=True))  # fmt: skip
+            steps = [torch.where(usable, step, 0.0) for step in steps]
+        for old, news in zip(kept, (means, moves), strict=True):
+            torch._foreach_copy_(old, news)
+        torch._foreach_add_(list(named.values()), steps)
 
     # what the variants in meka_variants.py do otherwise
     _condition_value = staticmethod(kalman.condition_value)
@@ -298,19 +435,25 @@ class Meka(ScalarFilter):
         return self._moments(inputs, targets, named, moves)
 
     def _moments(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], direction: list[Tensor]) -> _Observed:
-        along = dict(zip(named, direction, strict=True))
-        with torch.enable_grad():
-            moments = sample_moments(
-                self.model, self.loss_fn, inputs, targets, along, method=self.param_groups[0]["moments"]
-            )
+        problem = self.model, self.loss_fn, inputs, targets, dict(zip(named, direction, strict=True))
+        along = None
+        if self._along_is_enough():
+            moments, along = observe(*problem, method=self.param_groups[0]["moments"])
+        else:
+            moments = sample_moments(*problem, method=self.param_groups[0]["moments"])
+        variances = (
+            moments.loss_variance, moments.gradient_variance, moments.hvp_variance, moments.curvature_variance
+        )  # fmt: skip
+        r, sigma, q, directional = (variance.to(self._filter()) for variance in variances if variance is not None)
         assert moments.hvp is not None  # there was a direction
-        assert moments.hvp_variance is not None
-        variances = (moments.loss_variance, moments.gradient_variance, moments.hvp_variance)
-        # differences of sums, which rounding may leave below zero
-        r, sigma, q = (variance.detach().to(self._filter()).clamp(min=0) for variance in variances)
         gradients, products = ([moment[name] for name in named] for moment in (moments.gradient, moments.hvp))
-        loss = moments.loss.detach()
-        return _Observed(loss, loss.to(self._filter()), r, sigma, q, gradients, products)
+        loss = moments.loss
+        return _Observed(loss, loss.to(self._filter()), r, sigma, q, directional, gradients, products, along)
+
+    def _along_is_enough(self) -> bool:
+        """Whether slope and curvature along the new direction are all that is asked for."""
+        variances, rule = (self.param_groups[0][name] for name in ("variances", "step_size"))
+        return bool(variances == "directional" or rule == "quadratic")
 
     def _named_parameters(self) -> dict[str, Tensor]:
         """The parameters to move, by their names in the model; creates the state that does not exist yet."""

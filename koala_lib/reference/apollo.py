@@ -61,14 +61,14 @@ class ReferenceApollo:
         self.sign = -1.0 if maximize else 1.0
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """One step on a gradient for every tensor, or ``None`` for those that stay."""
+        """Make one step on a gradient per tensor, or ``None`` for those that stay."""
         for x, parameter, gradient in zip(self.tensors, self.parameters, gradients, strict=True):
             if gradient is not None:
                 theta = self._step(parameter, x.flatten().tolist(), gradient.flatten().tolist())
                 x.copy_(torch.tensor(theta, dtype=x.dtype).view(x.shape))
 
     def eta(self, t: int) -> float:
-        """eta_{t+1}: a line from eta_init, W steps long, then what the schedule says."""
+        """Return eta_{t+1}: a line from eta_init, W steps long, then what the schedule says."""
         if self.lr == 0:
             return 0.0
         return self.eta_init + (self.first_lr - self.eta_init) * t / self.W if t < self.W else self.lr

@@ -36,7 +36,7 @@ from torch import Tensor
 
 
 def _square(tensors: Iterable[Tensor]) -> float:
-    """|v|² of one vector that lies in several tensors."""
+    """Return |v|² of one vector that lies in several tensors."""
     return sum(float((t * t).sum()) for t in tensors)
 
 
@@ -98,7 +98,7 @@ class _Koala:
         self.skipped_steps = 0
 
     def _update_process_noise(self) -> None:
-        """Eqs. 23 and 24 with x = x_{k-1}: before the step moves anything."""
+        """Compute eqs. 23 and 24 with x = x_{k-1}: before the step moves anything."""
         if not self.adapt_Q:
             return
         beta = self.beta
@@ -129,7 +129,7 @@ class _Koala:
         return [Block(part, _square(tile.h for tile in part), self._residual(part)) for part in parts]
 
     def _tiles(self, grads: Sequence[Tensor | None]) -> list[Tile]:
-        """The tensors that take part: with a gradient, and with one that is not too small."""
+        """Return the tensors that take part: with a gradient, and with one that is not too small."""
         settings = [group for group in self.groups for _ in group["params"]]
         tiles = []
         for i, (x, g, group) in enumerate(zip(self.x, grads, settings, strict=True)):
@@ -141,13 +141,13 @@ class _Koala:
         return tiles if math.sqrt(_square(tile.g for tile in tiles)) >= self.min_grad_norm else []
 
     def _residual(self, tiles: list[Tile]) -> float:
-        """e at ε = 1: (b) the loss with the block's own penalty, target 0 (eq. 28); (a) one (eq. 27)."""
+        """Return e at ε = 1: (b) the loss with the block's own penalty, target 0 (eq. 28); (a) one (eq. 27)."""
         if self.target_risk == "absolute":
             return 1.0
         return self.L + sum(tile.weight_decay / 2 * _square([tile.x]) for tile in tiles)
 
     def _noise_target(self) -> float:
-        """The target in eq. 22: zero, as the authors ran it, or the current one, as they wrote it."""
+        """Return the target in eq. 22: zero, as the authors ran it, or the current one, as they wrote it."""
         if self.noise_target == "zero":
             return 0.0
         (epsilon,) = {float(group["lr"]) for group in self.groups}
@@ -157,12 +157,10 @@ class _Koala:
 class ReferenceKoalaV(_Koala):
     """KOALA-V, Algorithm 1 (`blocks="global"`) and its layer-wise version (`blocks="tensor"`, eq. 25).
 
-    Parameters
-    ----------
-    groups : list of dicts with "params" (float64 tensors, changed in place) and, if wanted, "lr" and
-        "weight_decay"
-    noise_target : "zero" or "current" (eq. 22 to the letter); exists here only
-    others : as in :class:`koala_lib.KoalaV`
+    Args:
+        groups: list of dicts with "params" (float64 tensors, changed in place) and, if wanted, "lr" and "weight_decay"
+        noise_target: "zero" or "current" (eq. 22 to the letter); exists here only
+        others: as in :class:`koala_lib.KoalaV`
     """
 
     def __init__(
@@ -181,17 +179,18 @@ class ReferenceKoalaV(_Koala):
 
     @property
     def Q(self) -> float:
+        """Process noise Q_k, a variance."""
         return self.q_x
 
     @torch.no_grad()
     def predict(self) -> None:
-        """x̂_k = x_{k-1}, P̂_k = P_{k-1} + Q."""
+        """Set x̂_k = x_{k-1}, P̂_k = P_{k-1} + Q."""
         self._update_process_noise()
         self.P = self.P + self.Q
 
     @torch.no_grad()
     def update(self, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Eqs. 12 and 13 with the losses (B,) or () and the gradients of their mean at x̂_k."""
+        """Compute eqs. 12 and 13 with the losses (B,) or () and the gradients of their mean at x̂_k."""
         blocks = self._observe(losses, grads)
         if not blocks:
             return
@@ -230,7 +229,7 @@ class ReferenceKoalaM(_Koala):
 
     @torch.no_grad()
     def predict(self) -> None:
-        """Eqs. 16 and 17; P̂ = F P Fᵀ + Q. Every tensor moves, whether it will get a gradient or not."""
+        """Compute eqs. 16 and 17; P̂ = F P Fᵀ + Q. Every tensor moves, whether it will get a gradient or not."""
         self._update_process_noise()
         for x, p in zip(self.x, self.p, strict=True):
             x += p
@@ -242,7 +241,7 @@ class ReferenceKoalaM(_Koala):
 
     @torch.no_grad()
     def update(self, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Table 1 with the approximations (21) and (25); arguments as in KOALA-V."""
+        """Compute Table 1 with the approximations (21) and (25); arguments as in KOALA-V."""
         blocks = self._observe(losses, grads)
         if not blocks:
             return

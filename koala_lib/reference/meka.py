@@ -31,13 +31,13 @@ SampleLoss = Callable[[Tensor, Any], Tensor]
 
 
 def _average(history: Sequence[Any], beta: float) -> Any:
-    """Exponential average without the weight of its start: sum_i beta^(t-i) x_i / sum_i beta^(t-i)."""
+    """Return the bias-corrected exponential average, sum_i beta^(t-i) x_i / sum_i beta^(t-i)."""
     weights = [beta ** (len(history) - 1 - i) for i in range(len(history))]
     return sum(w * x for w, x in zip(weights, history, strict=True)) / sum(weights)
 
 
 def _halve(criterion: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function goes from negative at ``low`` to positive at ``high``."""
+    """Find where a function goes from negative at ``low`` to positive at ``high``."""
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if criterion(middle) >= 0 else (middle, high)
@@ -47,26 +47,27 @@ def _halve(criterion: Callable[[float], float], low: float, high: float) -> floa
 class Change:
     """Mean and variance of the change of the loss along alpha delta (11) and their derivatives."""
 
-    def __init__(self, a: float, b: float, s: float, p: float, q: float) -> None:
-        self.a, self.b, self.s, self.p, self.q = a, b, s, p, q
+    def __init__(self, a: float, b: float, s: float, p: float, q: float, c: float = 0.0) -> None:
+        self.a, self.b, self.s, self.p, self.q, self.c = a, b, s, p, q, c
 
     def at(self, alpha: float) -> tuple[float, float, float, float]:
-        """mu, V, mu', V'."""
+        """Return mu, V, mu', V'."""
         mu = -alpha * self.a + alpha**2 / 2 * self.b
-        V = 2 * self.s + alpha**2 * self.p + alpha**4 / 4 * self.q
-        return mu, V, -self.a + alpha * self.b, 2 * alpha * self.p + alpha**3 * self.q
+        V = 2 * self.s + alpha**2 * self.p + alpha**4 / 4 * self.q + alpha**6 * self.c
+        return mu, V, -self.a + alpha * self.b, 2 * alpha * self.p + alpha**3 * self.q + 6 * alpha**5 * self.c
 
     def quadratic(self) -> float:
+        """Return a / b, the minimum of mu, infinite where there is none."""
         return self.a / self.b if self.b > 0 else math.inf
 
     def pi(self) -> float:
-        """Where J = mu / sqrt V has its minimum (13): J' has the sign of mu' V - mu V' / 2."""
+        """Find the minimum of J = mu / sqrt V (13): J' has the sign of mu' V - mu V' / 2."""
 
         def slope(alpha: float) -> float:
             mu, V, mu1, V1 = self.at(alpha)
             return mu1 * V - mu * V1 / 2
 
-        if self.b <= 0 and self.q == 0:
+        if self.b <= 0 and self.q == 0 and self.c == 0:
             return math.inf
         high = self.a / self.b if self.b > 0 else 1.0
         while slope(high) < 0:
@@ -74,7 +75,7 @@ class Change:
         return _halve(slope, 0.0, high)
 
     def ei(self) -> float:
-        """The first maximum of E max(0, -change) up to 2 a/b; EI' = - mu' Phi(z) + V' / (2 sqrt V) phi(z)."""
+        """Find the first maximum of E max(0, -change) up to 2 a/b; EI' = - mu' Phi(z) + V' / (2 sqrt V) phi(z)."""
 
         def fall(alpha: float) -> float:
             mu, V, mu1, V1 = self.at(alpha)
@@ -95,16 +96,18 @@ class Change:
 class ReferenceMeka:
     """MEKA and AdaMEKA on a vector of weights.
 
-    Parameters
-    ----------
-    theta : (n,) float64, changed in place
-    sample_loss : (theta, sample) -> 0-dim loss of one sample
-    covariance : "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
-        practice; "full" is section 2 as written and exists here only
-    hessian : "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
-        minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
-    model_error : whether lam follows (22), or is 0 throughout
-    others : as in :class:`koala_lib.optim.meka.Meka`
+    Args:
+        theta: (n,) float64, changed in place
+        sample_loss: (theta, sample) -> 0-dim loss of one sample
+        covariance: "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
+            practice; "full" is section 2 as written and exists here only
+        hessian: "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
+            minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
+        variances: the matrices for P and Q in (11) and (16): "mean", the scalar ones; "sum", their traces times the
+            identity; "directional", K cov(g) and cov(B d) over the samples of one minibatch, in full
+        third_order: (23), lam / |d|^6 times |alpha delta|^6 in the variance of the change
+        model_error: whether lam follows (22), or is 0 throughout
+        others: as in :class:`koala_lib.optim.meka.Meka`
     """
 
     def __init__(
@@ -118,6 +121,8 @@ class ReferenceMeka:
         smoothing: float = 0.999,
         max_step_size: float = 1.0,
         prior_variance: float = 1e4,
+        variances: Literal["mean", "directional", "sum"] = "mean",
+        third_order: bool = False,
         curvature_smoothing: float = 0.0,
         covariance: Literal["scalar", "full"] = "scalar",
         hessian: Literal["current", "previous", "previous_current_samples"] = "current",
@@ -128,7 +133,7 @@ class ReferenceMeka:
         self.theta, self.sample_loss, self.lr = theta, sample_loss, lr
         self.rule, self.direction, self.beta = step_size, direction, smoothing
         self.alpha_max, self.covariance = max_step_size, covariance
-        self.beta_b = curvature_smoothing
+        self.beta_b, self.variances, self.third_order = curvature_smoothing, variances, third_order
         self.identity = torch.eye(len(theta), dtype=theta.dtype)
         self.m, self.P = torch.zeros_like(theta), prior_variance * self.identity
         self.u, self.s = 0.0, prior_variance
@@ -139,20 +144,23 @@ class ReferenceMeka:
         self.alphas: list[float] = []
         self.curvatures: list[float] = []  # b_delta / |delta|^2
         self.Q = torch.zeros_like(self.P)
-        self.lam = self.a = self.b_delta = self.alpha_star = self.alpha = 0.0
+        self.P_read = self.P  # what stands for P in d^T P d
+        self.lam = self.lam3 = self.a = self.b_delta = self.alpha_star = self.alpha = 0.0
         self.skipped_steps = 0
 
     @property
     def Sigma(self) -> Tensor:
+        """Covariance of the minibatch gradient, averaged over the steps."""
         average: Tensor = _average(self.Sigmas, self.beta)
         return average
 
     @property
     def r(self) -> float:
+        """Variance of the minibatch loss, averaged over the steps."""
         return float(_average(self.rs, self.beta))
 
     def step(self, batch: Sequence[Any]) -> float:
-        """One step on a minibatch; the mean loss before it."""
+        """Make one step on a minibatch; return the mean loss before it."""
         M, d, m, P = len(batch), self.d, self.m, self.P
         losses, gradients, products = self._samples(batch, d)
         if self.hessian != "current":
@@ -170,8 +178,13 @@ class ReferenceMeka:
 
         # the loss, from m, P, u, s of the step before (16)-(22)
         predicted = self.u + float(m @ d) + float(d @ b) / 2
-        c = self.s + float(d @ P @ d) + float(d @ Q @ d) / 4 + r
+        Q_read = self._read(Q, torch.cov(products.T) / M)
+        c = self.s + float(d @ self.P_read @ d) + float(d @ Q_read @ d) / 4 + r
         self.lam = max((y - predicted) ** 2 - c, 0.0) if self.model_error else 0.0
+        length = float(d @ d) ** 3
+        if self.third_order and length == 0:
+            self.lam = 0.0  # lam3 |d|^6
+        self.lam3 = self.lam / length if self.third_order and length > 0 else 0.0
         s = self.lam + c - r
         gamma = s / (s + r)
         self.u = (1 - gamma) * predicted + gamma * y
@@ -182,6 +195,7 @@ class ReferenceMeka:
         self.K = K = P @ torch.linalg.inv(P + Sigma)
         self.m = m = (identity - K) @ m + K @ g
         self.P = P = (identity - K) @ P @ (identity - K).T + K @ Sigma @ K.T
+        self.P_read = self._read(P, K @ torch.cov(gradients.T) / M)
 
         delta = -m if self.direction == "gradient" else -m / ((m**2 + P.diag()).sqrt() + 1e-8)
         self.alpha = 1.0 if self.rule == "constant" else self._step_size(batch, delta)
@@ -192,7 +206,7 @@ class ReferenceMeka:
     def _samples(
         self, batch: Sequence[Any], direction: Tensor, at: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, gradient and Hessian times direction of every sample, (M,), (M, n) and (M, n); at theta by default."""
+        """Return loss, gradient and Hessian times direction per sample, (M,), (M, n), (M, n); at theta by default."""
         rows = []
         for sample in batch:
             theta = (self.theta if at is None else at).detach().clone().requires_grad_()
@@ -207,14 +221,21 @@ class ReferenceMeka:
         full = torch.cov(rows.T)
         return full if self.covariance == "full" else full.diag().mean() * self.identity
 
+    def _read(self, scalar: Tensor, measured: Tensor) -> Tensor:
+        """Return the matrix that stands for a covariance along a direction."""
+        if self.variances == "directional":
+            return measured
+        return scalar if self.variances == "mean" else scalar.trace() * self.identity
+
     def _step_size(self, batch: Sequence[Any], delta: Tensor) -> float:
         products = self._samples(batch, delta)[2]
-        Q = self._covariance_of(products) / len(batch)
+        Q = self._read(self._covariance_of(products) / len(batch), torch.cov(products.T) / len(batch))
         self.a, self.b_delta = -float(delta @ self.m), float(delta @ products.mean(0))
-        p, q = float(delta @ self.P @ delta), float(delta @ Q @ delta)
+        p, q = float(delta @ self.P_read @ delta), float(delta @ Q @ delta)
         self.curvatures.append(self.b_delta / float(delta @ delta))
         b = float(_average(self.curvatures, self.beta_b)) * float(delta @ delta)
-        best = float(getattr(Change(self.a, b, self.s, p, q), self.rule)())
+        c = self.lam3 * float(delta @ delta) ** 3
+        best = float(getattr(Change(self.a, b, self.s, p, q, c), self.rule)())
         self.alpha_star = best if math.isfinite(best) else self.alpha_max
         self.alphas.append(self.alpha_star)
         return float(_average(self.alphas, self.beta))

@@ -16,6 +16,7 @@ import typer
 
 from koala_lab import notebook as nb
 from koala_lab import paths
+from koala_lab.checks import check_known
 from koala_lab.parameters import PRESETS
 
 if TYPE_CHECKING:
@@ -47,8 +48,14 @@ def _stop(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+@app.callback()
+def _in_a_checkout() -> None:
+    with _one_sentence():
+        paths.root()
+
+
 def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
-    """The grids of the notebooks that have a preset.
+    """Return the grids of the notebooks that have a preset.
 
     Args:
         preset: ``quick``, ``desktop`` or ``paper``.
@@ -60,8 +67,7 @@ def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
     Raises:
         ValueError: For an unknown preset, or a glob that no notebook matches.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     names = {name: path for name, path in nb.all_notebooks().items() if fnmatch(name, only)}
     if not names:
         raise ValueError(f"no notebook matches {only!r}; there are: {', '.join(nb.all_notebooks()) or 'none'}")
@@ -74,12 +80,11 @@ def list_runs(
     preset: Preset = "quick",
     only: Only = "*",
     pending: Annotated[bool, typer.Option("--pending", help="only runs without a result")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; where the hours are estimated for")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; the hours are those there")] = "cpu",
 ) -> None:
-    """One line a run: key, notebook, label, status; then (on stderr) how many are pending and the hours they will take.
+    """Print one line per run: key, notebook, label, status; then (on stderr) how many are pending, and their hours.
 
-    The hours come from finished runs of the same kind, else from step times, which 'koala bench --step-times' measures
-    and which leave out evaluation. What was never measured is not guessed.
+    Hours are extrapolated from finished runs of the same kind; kinds without any are listed as unknown.
     """
     from koala_lab.runs import Store
 
@@ -92,10 +97,10 @@ def list_runs(
             result = known.get(config.key)
             if not (pending and result):
                 typer.echo(f"{config.key}  {name}  {config.label}  {result.status if result else 'pending'}")
-    _summary(preset, grids, known, device)
+    _summary(grids, known, device)
 
 
-def _summary(preset: str, grids: Mapping[str, list[RunConfig]], known: Mapping[str, RunResult], device: str) -> None:
+def _summary(grids: Mapping[str, list[RunConfig]], known: Mapping[str, RunResult], device: str) -> None:
     from koala_lab.bench.cost import Costs
 
     costs = Costs(known.values(), device=device)
@@ -111,15 +116,8 @@ def _summary(preset: str, grids: Mapping[str, list[RunConfig]], known: Mapping[s
         hours = sum(s for s in seconds if s is not None) / 3600
         cost = f"{hours:10,.1f} h" + (f" and {unknown} runs of unknown cost" if unknown else "")
         typer.echo(f"{name:{width}} {len(grid):5} runs, {len(pending):5} pending {cost}", err=True)
-    if where := costs.measured:
-        typer.echo(
-            f"one run at a time with nothing beside it; step times measured on {where['device']}, "
-            f"{where['threads']} thread(s), load {where['load']}, without evaluation; finished runs count as they were",
-            err=True,
-        )
     if unknown:
-        command = f"koala bench --step-times {preset} --device {device}"
-        typer.echo(f"unknown: kinds of runs that were never measured; '{command}' measures them", err=True)
+        typer.echo("unknown: no run of the same kind has finished here", err=True)
 
 
 @app.command()
@@ -267,15 +265,24 @@ def _pair(text: str) -> tuple[str, str]:
 
 @app.command()
 def report(
-    readme: Annotated[bool, typer.Option("--readme", help="also refresh the scoreboard block of README.md")] = False,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="also refresh README.md, SCOREBOARD.md, their picture and stored verdicts")
+    ] = False,
+    compare: Annotated[
+        Path | None, typer.Option(help="a folder of verdicts; list where this report's differ, and do nothing else")
+    ] = None,
 ) -> None:
     """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
     from koala_lab import report as pages
 
     with _one_sentence():
+        if compare is not None:
+            for line in pages.differences(compare):
+                typer.echo(line)
+            return
         typer.echo(pages.build())
         if readme:
-            typer.echo(pages.refresh_readme())
+            typer.echo("\n".join(map(str, pages.refresh_committed())))
 
 
 @app.command()
@@ -287,26 +294,22 @@ def bench(
     meka: Annotated[
         bool, typer.Option("--meka", help="MEKA's moments and whole steps instead, a quarter of an hour on a CPU")
     ] = False,
-    step_times: Annotated[
-        str, typer.Option(help="preset; a step of each kind of its runs instead, for 'koala list' to tell the hours")
-    ] = "",
 ) -> None:
     """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
     from koala_lab.bench import steps as benchmark
 
-    if step_times:
-        import torch
+    with _one_sentence():
+        _check_device(device)
+    benchmark.main(device, whole=training_step, meka=meka)
 
-        from koala_lab.bench.tasks import step_times as measure
 
-        with _one_sentence():
-            _check_device(device)
-            configs = [c for grid in plan(step_times).values() for c in grid]
-        if not device.startswith("cuda"):
-            torch.set_num_threads(1)  # as runs have
-        benchmark.keep("step_times", lambda: measure(configs, device=device), device)
-    else:
-        benchmark.main(device, whole=training_step, meka=meka)
+@app.command("references")
+def measure_references(preset: Preset = "quick", only: Only = "*") -> None:
+    """Measure the simple models that runs must beat to count, where data/results/references.json lacks them."""
+    from koala_lab.runs import references
+
+    with _one_sentence():
+        references.store([c for grid in plan(preset, only).values() for c in grid], typer.echo)
 
 
 @app.command()

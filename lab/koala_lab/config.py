@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-import torch
-
-from koala_lab import data, models
+from koala_lab import data
 from koala_lab.baselines.registry import OPTIMIZERS, OWN_FORWARD
-from koala_lab.models.dcgan import GANS
-from koala_lab.models.language import LANGUAGE_MODELS
-from koala_lab.models.translation import TRANSLATION_MODELS
+from koala_lab.checks import check_known, check_number, check_whole
+from koala_lab.tasks import PRECISIONS, TASKS
 
 # Part of every run's key. Raise a number by hand when a change alters what such a run computes.
-VERSION = {"train": 2, "koala_v": 1, "koala_m": 1, "meka": 1, "adameka": 1, "apollo": 1}
+VERSION = {"train": 2, "koala_v": 2, "koala_m": 2, "meka": 2, "adameka": 2, "apollo": 2}
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WRAPPERS = ("", "lookahead", "swa", "switch")
-
-# The data sets and networks of each task.
-KNOWN: dict[str, tuple[Collection[str], Collection[str]]] = {
-    "classification": ({*data.DATASETS, *data.FOLDERS}, models.MODELS),
-    "gan": (data.DATASETS, GANS),
-    "language_model": (data.TEXTS, LANGUAGE_MODELS),
-    "translation": (data.PAIRS, TRANSLATION_MODELS),
-}
 
 Arguments = Mapping[str, Any] | tuple[tuple[str, Any], ...]  # keywords as given, and as kept
 
@@ -99,53 +86,42 @@ class RunConfig:
             pairs = given.items() if isinstance(given, Mapping) else given
             object.__setattr__(self, name, tuple(sorted((str(k), _hashable(v)) for k, v in pairs)))
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        datasets, networks = KNOWN.get(self.task, ((), ()))
-        for name, value, known in (
-            ("task", self.task, KNOWN),
-            ("dataset", self.dataset, datasets),
-            ("model", self.model, networks),
-            ("optimizer", self.optimizer, OPTIMIZERS | OWN_FORWARD),
-            ("wrapper", self.wrapper, WRAPPERS),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if value not in known:
-                of = f" of task {self.task!r}" if name in ("dataset", "model") else ""
-                raise ValueError(f"{name}={value!r} is unknown; known are {', '.join(filter(None, known))}{of}")
-        for name in ("epochs", "batch_size", "train_size"):
-            value = getattr(self, name)
-            if not (name == "train_size" and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        check_known("task", self.task, TASKS)
+        check_known("dataset", self.dataset, TASKS[self.task].datasets, of=f"task {self.task!r}")
+        check_known("model", self.model, TASKS[self.task].networks, of=f"task {self.task!r}")
+        check_known("optimizer", self.optimizer, OPTIMIZERS | OWN_FORWARD)
+        check_known("wrapper", self.wrapper, WRAPPERS)
+        check_known("precision", self.precision, PRECISIONS)
+        check_whole("epochs", self.epochs, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("train_size", self.train_size, 1, also=(None,))
+        check_whole("warmup_steps", self.warmup_steps)
+        check_number("gamma", self.gamma, "in (0, 1]")
+        check_number("warmup_init_lr", self.warmup_init_lr)
         if not all(type(m) is int and m >= 0 for m in self.milestones) or list(self.milestones) != sorted(
             self.milestones
         ):
             raise ValueError(f"milestones must be increasing epochs, got {self.milestones!r}")
-        if not (isinstance(self.gamma, (int, float)) and 0 < self.gamma <= 1):
-            raise ValueError(f"gamma must be in (0, 1], got {self.gamma!r}")
-        self._check_rates()
-
-    def _check_rates(self) -> None:
-        for name in ("final_lr", "warmup_init_lr"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        if self.final_lr is not None and self.milestones:
-            raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
-        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be a whole number >= 0, got {self.warmup_steps!r}")
+        if self.final_lr is not None:
+            check_number("final_lr", self.final_lr)
+            if self.milestones:
+                raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
         if self.warmup_steps and self.optimizer == "apollo":
             raise ValueError("optimizer='apollo' warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:
-        """A copy with other values."""
+        """Return a copy with other values."""
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields, as JSON has them."""
         return (
             asdict(self) | {name: dict(getattr(self, name)) for name in _MAPPINGS} | {"milestones": [*self.milestones]}
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration that :meth:`to_dict` wrote."""
         return cls(**values)
 
     @property

@@ -7,10 +7,11 @@ Where papermill only warns about a parameter that a notebook does not have and t
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from koala_lab.checks import check_known
 
 PRESETS = ("quick", "desktop", "paper")
 _SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
@@ -59,7 +60,7 @@ def declared(source: str, where: str = "parameters cell") -> dict[str, Parameter
 
 
 def _checked(name: str, kind: str, value: Any) -> Any:
-    """The value as the annotated type; an int is taken for a float, nothing else is converted."""
+    """Return the value as the annotated type; an int is taken for a float, nothing else is converted."""
     if kind.startswith("Optional["):
         return None if value is None else _checked(name, kind[len("Optional[") : -1], value)
     if kind.startswith("list["):
@@ -78,7 +79,7 @@ def _checked(name: str, kind: str, value: Any) -> Any:
 
 
 def _yaml_float(value: Any) -> str:
-    """How YAML wants to see a number that it read as text: 1e-3 is a string there, 1.0e-3 is not."""
+    """Return how YAML wants to see a number that it read as text: 1e-3 is a string there, 1.0e-3 is not."""
     try:
         float(value)
     except (TypeError, ValueError):
@@ -121,11 +122,7 @@ def resolve(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> di
         ValueError: For an unknown name (with the nearest known one), a wrong type or an unknown preset.
     """
     for name in given:
-        if name not in parameters:
-            near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.4)
-            meant = f", did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown parameter {name}{meant} (known: {', '.join(parameters)})")
+        check_known("parameter", name, parameters)
     values = {p.name: _checked(p.name, p.kind, given.get(p.name, p.default)) for p in parameters.values()}
-    if values.get("preset", "quick") not in PRESETS:
-        raise ValueError(f"parameter preset: {values['preset']!r} is none of {', '.join(PRESETS)}")
+    check_known("parameter preset:", values.get("preset", "quick"), PRESETS)
     return values

@@ -12,47 +12,66 @@ from pathlib import Path
 ROOT = Path(os.environ.get("KOALA_ROOT", Path(__file__).resolve().parents[2]))
 
 
-def _folder(variable: str, default: Path) -> Path:
-    return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else default
+def root() -> Path:
+    """Return the checkout of the repository.
+
+    Raises:
+        RuntimeError: Where the package lies outside one: papers, notebooks and results are not part of a distribution.
+    """
+    if not ((ROOT / "notebooks").is_dir() and (ROOT / "data" / "claims").is_dir()):
+        raise RuntimeError(
+            f"koala_lab works inside a checkout of its repository, but {ROOT} has no notebooks and claims: clone the "
+            "repository and run `make setup` there, or name a checkout in KOALA_ROOT"
+        )
+    return ROOT
+
+
+def _folder(variable: str, *default: str) -> Path:
+    given = os.environ.get(variable)
+    return Path(given).expanduser().resolve() if given else root().joinpath(*default)
 
 
 def notebooks() -> Path:
-    return ROOT / "notebooks"
+    """Return the folder of the notebooks."""
+    return root() / "notebooks"
 
 
 def presets() -> Path:
+    """Return the folder of what larger presets override, by preset."""
     return notebooks() / "presets"
 
 
 def claims_dir() -> Path:
-    return ROOT / "data" / "claims"
+    """Return the folder of the papers' claims."""
+    return root() / "data" / "claims"
 
 
 def results_dir() -> Path:
-    """Committed results of the larger presets."""
-    return _folder("KOALA_RESULTS", ROOT / "data" / "results")
+    """Return the folder of committed results of the larger presets."""
+    return _folder("KOALA_RESULTS", "data", "results")
 
 
 def runs_dir() -> Path:
-    """The store of runs; ignored by git."""
-    return _folder("KOALA_RUNS", ROOT / "data" / "runs")
+    """Return the store of runs; ignored by git."""
+    return _folder("KOALA_RUNS", "data", "runs")
 
 
 def raw_dir() -> Path:
-    """Where downloads go; ignored by git."""
-    return ROOT / "data" / "raw"
+    """Return where downloads go; ignored by git."""
+    return root() / "data" / "raw"
 
 
 def data_dirs() -> list[Path]:
-    """Folders searched for data sets, first match wins."""
+    """Return the folders searched for data sets, first match wins."""
     given = [Path(p).expanduser() for p in os.environ.get("KOALA_DATA", "").split(os.pathsep) if p]
     return [*given, raw_dir()]
 
 
 def report_dir() -> Path:
-    return _folder("KOALA_REPORT", ROOT / "report")
+    """Return the folder that `make reproduce` writes; ignored by git."""
+    return _folder("KOALA_REPORT", "report")
 
 
 def figures_dir() -> Path:
-    """Figures of an ordinary run go into the report; ``make figures`` points this at the committed folder."""
-    return _folder("KOALA_FIGURES", report_dir() / "figures")
+    """Return the report's folder of figures; ``make figures`` points this at the committed one."""
+    return _folder("KOALA_FIGURES") if os.environ.get("KOALA_FIGURES") else report_dir() / "figures"

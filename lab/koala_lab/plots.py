@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from koala_lab import claims
+from koala_lab.claims.statistics import mean_and_half_width as interval
+from koala_lab.files import write_bytes
 
 Array = np.ndarray[Any, Any]
 
@@ -82,7 +83,7 @@ def style() -> None:
 
 
 def colour(method: str) -> str:
-    """Colour of a method; one without an entry gets the same spare colour everywhere."""
+    """Return the colour of a method; one without an entry gets the same spare colour everywhere."""
     spare = sns.color_palette("tab20").as_hex()
     return str(PALETTE.get(method, spare[zlib.crc32(method.encode()) % len(spare)]))
 
@@ -92,7 +93,7 @@ def _shade(name: str, colours: Mapping[str, str] | None) -> str:
 
 
 def log_y(ax: Axes) -> None:
-    """A logarithmic y axis with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
+    """Make the y axis logarithmic, with at least three plain numbers on it, in steps of about 10, 2 or 1.3.
 
     Args:
         ax: An axes on which all is drawn: the ticks are those of its present limits.
@@ -109,26 +110,8 @@ def log_y(ax: Axes) -> None:
 
 
 def label(method: str) -> str:
-    """Name of a method as the papers print it."""
+    """Return the name of a method as the papers print it."""
     return LABELS.get(method, method)
-
-
-def interval(values: Sequence[float] | np.ndarray[Any, Any], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its t-interval.
-
-    Args:
-        values: One value a seed; NaN marks a failed run and is left out.
-        level: Coverage.
-
-    Returns:
-        Mean and half-width, both in the unit of the values; the half-width is NaN for fewer than two values.
-    """
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
-    if finite.size < 2:
-        return (float(finite.mean()) if finite.size else float("nan")), float("nan")
-    mean, low, _ = claims.interval(finite.tolist(), level)
-    return mean, mean - low
 
 
 def seeds(
@@ -142,10 +125,10 @@ def seeds(
     log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Every seed as a point, beside it the mean and its 95 % t-interval.
+    """Draw every seed as a point, beside it the mean and its 95 % t-interval.
 
     Args:
-        data: Tidy results, one row a run.
+        data: Tidy results, one row per run.
         x: Column of the categories.
         y: Column of the metric.
         hue: Column of the methods; without it the categories are the methods.
@@ -189,10 +172,10 @@ def curves(
     colours: Mapping[str, str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Learning curves: every run thin, the mean over seeds thick.
+    """Draw learning curves: every run thin, the mean over seeds thick.
 
     Args:
-        data: What `koala_lab.runs.curves` returns: one row per run, epoch and metric.
+        data: What `Notebook.curves` returns: one row per run, epoch and metric.
         metric: The one to draw.
         hue: Column of the methods.
         colours: As in :func:`seeds`.
@@ -214,30 +197,105 @@ def curves(
     return ax
 
 
-def errors_and_losses(table: pd.DataFrame, losses: pd.DataFrame, *, by: str, colours: Mapping[str, str]) -> Figure:
-    """A table as a picture, two panels a data set in its order: test error of every seed, training loss by epoch.
+def row_colours(rows: Sequence[str]) -> dict[str, str]:
+    """Return a colour per row of a table, by its place; colour-blind safe for up to ten."""
+    wheel = _SAFE if len(rows) <= len(_SAFE) else sns.color_palette("husl", len(rows)).as_hex()
+    return dict(zip(rows, wheel, strict=False))
+
+
+def table(
+    frame: pd.DataFrame,
+    metric: str,
+    *,
+    curves: pd.DataFrame | None = None,
+    curve_metric: str = "train_loss",
+    printed: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
+    unit: str = "test error (%)",
+    curve_unit: str = "training loss (nats)",
+    limit: float | None = None,
+    curve_limit: float | None = None,
+) -> Figure:
+    """Draw a table: its rows from top to bottom, and a line of panels per data set and network.
+
+    From left to right: the paper's printed values as black squares, where there are any; every seed as a point with
+    the mean and its 95 % t-interval; the learning curves, where they are given.
 
     Args:
-        table: What `koala_lab.runs.table` returns.
-        losses: What `koala_lab.runs.curves` returns.
-        by: Column of both that names the rows of the table.
-        colours: Colour of each row, in the table's order.
+        frame: Table of runs, one line per row and run.
+        metric: The column to draw.
+        curves: What `Notebook.curves` returns.
+        curve_metric: Which of them to draw, on a logarithmic axis.
+        printed: The paper's values by row, what `Notebook.printed` returns.
+        labels: Names of rows for people.
+        unit: What the horizontal axes say.
+        curve_unit: What the vertical axis of the curves says.
+        limit: Where the horizontal axes end; what lies beyond is a triangle there, and has no interval.
+        curve_limit: Losses above it are drawn at it.
 
     Returns:
         The figure.
     """
-    names = list(dict.fromkeys(table["dataset"]))
-    fig, axes = plt.subplots(len(names), 2, figsize=(12, 3.6 * len(names)), squeeze=False)
-    for (left, right), name in zip(axes, names, strict=True):
-        here = table[table["dataset"] == name]
-        seeds(here, x=by, y="test_error", order=list(colours), colours=colours, ax=left)
-        curves(losses[losses["dataset"] == name], metric="train_loss", hue=by, colours=colours, ax=right)
-        left.set(title=f"{name}, n = {here['seed'].nunique()} seeds", ylabel="top-1 test error (%)")
-        left.tick_params(axis="x", rotation=25)
-        right.set(title=name, ylabel="training loss (nats)")
-        log_y(right)
-        right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    rows, names = list(dict.fromkeys(frame["row"])), labels or {}
+    shades, cases = row_colours(rows), list(frame.groupby(["dataset", "model"], sort=False))
+    widths = [1.6] * bool(printed) + [2.4] + [2.8] * (curves is not None)
+    height = max(2.2, 0.32 * len(rows) + 0.9)
+    size = (1.9 * sum(widths), height * len(cases))
+    fig, grid = plt.subplots(len(cases), len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    for axes, ((dataset, model), case) in zip(grid, cases, strict=True):
+        panels = list(axes)
+        if printed:
+            _printed(panels.pop(0), printed, rows)
+        _dots(panels[0], case, metric, rows, shades, limit)
+        panels[0].set(xlabel=unit, title=f"{dataset}, {model}, n = {case['seed'].nunique()}")
+        axes[0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows])
+        if curves is not None:
+            one = curves[(curves["dataset"] == dataset) & (curves["model"] == model)]
+            drawn = one[one["metric"] == curve_metric]
+            _mean_curves(panels[1], drawn.assign(value=drawn["value"].clip(upper=curve_limit)), shades)
+            panels[1].set(xlabel="epoch", ylabel=curve_unit)
     return fig
+
+
+def _row_axis(ax: Axes, rows: Sequence[str]) -> None:
+    ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=[])
+
+
+def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> None:
+    """Draw the paper's numbers of the rows that it has."""
+    known = [(printed[row], place) for place, row in enumerate(rows) if row in printed]
+    ax.plot(*zip(*known, strict=True), "s", color=PALETTE["paper"], ms=6)
+    ax.set(title="paper")
+    ax.margins(x=0.15)
+    _row_axis(ax, rows)
+
+
+def _dots(
+    ax: Axes, case: pd.DataFrame, metric: str, rows: Sequence[str], shades: Mapping[str, str], limit: float | None
+) -> None:
+    """Draw every seed, and the mean of each row with its interval."""
+    end = math.inf if limit is None else limit
+    for place, row in enumerate(rows):
+        values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
+        inside, beyond = values[values <= end], values[values > end]
+        ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
+        if len(beyond):  # an empty line that is not clipped would disturb the layout
+            ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
+        else:
+            mean, half = interval(values)
+            ax.errorbar(mean, place - 0.12, xerr=half, fmt="|", ms=9, lw=2, capsize=3, color=shades[row])
+    if limit is not None:
+        ax.set_xlim(right=limit)
+    _row_axis(ax, rows)
+
+
+def _mean_curves(ax: Axes, data: pd.DataFrame, shades: Mapping[str, str]) -> None:
+    """Draw the mean over the seeds per epoch, one colour per row as in the panel beside it."""
+    for row, mine in data.groupby("row", sort=False):
+        mean = mine.groupby("epoch")["value"].mean()
+        ax.plot(mean.index, mean.to_numpy(), lw=2, color=shades[str(row)])
+    log_y(ax)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def steps(
@@ -247,10 +305,10 @@ def steps(
     columns: int = 3,
     window: int = 15,
 ) -> Figure:
-    """Runs step by step, two quantities a panel on a logarithmic scale: running medians, the first also raw and pale.
+    """Draw runs step by step, two quantities per panel on a logarithmic scale: running medians, the first also raw.
 
     Args:
-        records: One row a step by method, with a column ``step``; other columns that are missing are not drawn.
+        records: One row per step by method, with a column ``step``; other columns that are missing are not drawn.
         panels: Title -> column drawn solid, column drawn dashed, unit.
         columns: Panels side by side.
         window: Steps of the running median.
@@ -277,7 +335,7 @@ def steps(
 def contours(
     ax: Axes, function: Callable[[Array], Array], x: tuple[float, float], y: tuple[float, float], lines: int = 10
 ) -> None:
-    """Grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
+    """Draw grey contour lines of a positive function of two variables, evenly spaced in its logarithm.
 
     Args:
         ax: Where to draw.
@@ -294,14 +352,14 @@ def contours(
 
 
 def ellipse(ax: Axes, mean: Array, covariance: Array, **line: Any) -> None:
-    """The points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
+    """Draw the points two standard deviations from the mean (2,) of a Gaussian with that covariance (2, 2)."""
     angle = np.linspace(0, 2 * np.pi, 200)
     circle = np.stack([np.cos(angle), np.sin(angle)])
     ax.plot(*(np.asarray(mean)[:, None] + 2 * np.linalg.cholesky(np.asarray(covariance)) @ circle), **line)
 
 
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on."""
+    """Return the versions that a figure depends on."""
     packages = ("koala-lib", "torch", "numpy", "matplotlib")
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
 
@@ -328,5 +386,5 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
-    (stem.parent / f"{stem.name}.json").write_text(sidecar + "\n", encoding="utf-8")
+    write_bytes(stem.parent / f"{stem.name}.json", f"{sidecar}\n".encode())
     return png

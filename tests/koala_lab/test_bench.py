@@ -23,7 +23,7 @@ from koala_lab.bench import timing
 from koala_lab.bench.timing import interleave, now
 from koala_lab.bench.traffic import Factory, Traffic, memory, peak, step, traffic
 from koala_lab.config import RunConfig
-from koala_lab.runs.training import _Run, train
+from koala_lab.runs.training import TrainingRun, train
 from koala_lib.optim import KoalaM
 
 # ---------------------------------------------------------------- time
@@ -64,6 +64,9 @@ class Slow(torch.optim.SGD):
         self.clock.take(1000.0 if self.first else self.seconds(self.params))
         self.first = False
         return loss
+
+    def train(self, images: Tensor, labels: Tensor) -> Any:
+        return self.step()
 
 
 def test_jobs_take_turns_and_the_first_round_does_not_count(clock: Clock) -> None:
@@ -257,12 +260,15 @@ def test_the_phases_of_koala_are_all_of_its_step() -> None:
     params = bench.synthetic(2_000_000)
     operations = traffic(bench.CONTENDERS["KOALA-M"], params).operations
     assert {r["phase"] for r in operations} == {"predict", "update"}
-    velocity = [
-        r["phase"] for r in operations if r["operation"] == "_foreach_mul_"
-    ]  # p times kappa, large tensors one by one
-    assert velocity == ["predict"] * len(params)
-    corrected = [r["phase"] for r in operations if r["operation"] == "addcmul_"]  # x and p along the gradient
-    assert corrected == ["update"] * 2 * len(params)
+    written = {
+        (name, phase): sum(r["writes"] for r in operations if (r["operation"], r["phase"]) == (name, phase))
+        for name in ("_foreach_mul_", "_foreach_addcmul_")
+        for phase in ("predict", "update")
+    }
+    # p times kappa before the gradient is taken; x and p along the gradient afterwards
+    assert written["_foreach_mul_", "predict"] == 2_000_000
+    assert written["_foreach_addcmul_", "update"] == 2 * 2_000_000
+    assert written["_foreach_mul_", "update"] == written["_foreach_addcmul_", "predict"] == 0
 
 
 def test_state_is_counted_to_the_byte() -> None:
@@ -305,7 +311,9 @@ def test_one_filter_in_two_groups_counts_once() -> None:
 def test_what_is_compared_with_the_moments_is_the_same_quantity(network: str) -> None:
     torch.manual_seed(0)
     jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 3))
-    gradient, product, structured, vmap = (jobs[method]() for method in bench_meka.METHODS)
+    gradient, product, structured, along, vmap = (jobs[method]() for method in bench_meka.METHODS)
+    for field in ("slope_variance", "curvature", "curvature_variance"):
+        torch.testing.assert_close(getattr(along, field), getattr(vmap, field), rtol=1e-3, atol=0)
     for moments in (structured, vmap):
         for mean, expected in ((moments.gradient, gradient), (moments.hvp, product)):
             largest = max(float(t.abs().max()) for t in expected)
@@ -328,13 +336,13 @@ def test_moments_are_compared_in_the_same_round(clock: Clock, monkeypatch: pytes
 
             return run
 
-        return {name: job(factor) for name, factor in zip(bench_meka.METHODS, (1.0, 2.0, 3.0, 4.0), strict=True)}
+        return {name: job(factor) for name, factor in zip(bench_meka.METHODS, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True)}
 
     monkeypatch.setattr(bench_meka, "moment_jobs", jobs)
     rows = bench_meka.moments("mlp_100", 2, rounds=3, seconds=0.0)
     assert [r["method"] for r in rows] == list(bench_meka.METHODS)
-    assert [r["ratio_q1"] for r in rows] == [r["ratio_q3"] for r in rows] == [1.0, 2.0, 3.0, 4.0]
-    assert [r["ms"] for r in rows] == [2000.0, 4000.0, 6000.0, 8000.0]
+    assert [r["ratio_q1"] for r in rows] == [r["ratio_q3"] for r in rows] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [r["ms"] for r in rows] == [2000.0, 4000.0, 6000.0, 8000.0, 10000.0]
 
 
 def test_memory_of_structured_moments_grows_with_the_activations_alone() -> None:
@@ -346,7 +354,8 @@ def test_memory_of_structured_moments_grows_with_the_activations_alone() -> None
     assert of_one["vmap"] > 2 * weights, "a gradient and a product of each sample"
 
 
-@pytest.mark.parametrize("method", bench_meka.METHODS)
+# Not of "along": what torch keeps of a forward-mode pass is freed where the count does not see it.
+@pytest.mark.parametrize("method", [m for m in bench_meka.METHODS if m != "along"])
 def test_the_peak_of_the_moments_is_that_of_the_allocator(method: str) -> None:
     torch.manual_seed(0)
     job = bench_meka.moment_jobs(*bench_meka.problem("cnn_3c3d", 3))[method]
@@ -359,7 +368,7 @@ def test_flops_are_those_of_the_products() -> None:
     assert bench_meka.flops(lambda: (a @ b, c.baddbmm_(a, b), a + 1)) == 2 * 2 * 2 * 3 * 4 * 5
 
 
-@pytest.mark.parametrize(("network", "ratio"), [("mlp_100", 2.5), ("cnn_3c3d", 3.0), ("resnet32_gn", 3.0)])
+@pytest.mark.parametrize(("network", "ratio"), [("mlp_100", 2.5), ("cnn_3c3d", 3.2), ("resnet32_gn", 3.0)])
 def test_structured_moments_need_about_three_times_the_arithmetic_of_a_gradient(network: str, ratio: float) -> None:
     jobs = bench_meka.moment_jobs(*bench_meka.problem(network, 2))
     work = {method: bench_meka.flops(jobs[method]) for method in ("plain gradient", "structured")}
@@ -368,7 +377,7 @@ def test_structured_moments_need_about_three_times_the_arithmetic_of_a_gradient(
 
 def test_whole_steps_by_repetition(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"sgd": 2.0, "fixed": 3.0, "pi": 8.0}
-    arms = {n: lambda m, s=s: Slow(list(m.parameters()), clock, lambda _: s) for n, s in seconds.items()}
+    arms = {n: lambda m, s=s: Slow(list(m.parameters()), clock, lambda _: s).train for n, s in seconds.items()}
     monkeypatch.setattr(bench_meka, "STEPPERS", arms)
     rows = bench_meka.steps("mlp_100", 4, repetitions=2, seconds=0.0)
     assert [(r["repetition"], r["optimizer"]) for r in rows] == [(i, n) for i in (0, 1) for n in seconds]
@@ -384,12 +393,12 @@ def test_whole_steps_are_steps() -> None:
     for create in bench_meka.STEPPERS.values():
         model, images, labels = bench_meka.problem("mlp_100", 4)
         before = [p.clone() for p in model.parameters()]
-        bench_meka.step(model, create(model), images, labels)()
+        create(model)(images, labels)
         assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 def test_a_network_that_the_paper_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match="one of mlp_100, cnn_3c3d, resnet32_gn, got 'resnet18'"):
+    with pytest.raises(ValueError, match="network 'resnet18' is unknown; known are mlp_100, cnn_3c3d, resnet32_gn"):
         bench_meka.moments("resnet18")
 
 
@@ -413,7 +422,7 @@ def test_meka_is_measured_on_request_and_alone(
     bench.main(meka=True)
     kept = bench.stored()
     assert {name: len(section["rows"]) for name, section in kept.items()} == {"moments": 9, "meka_step": 9}
-    assert set(kept["moments"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert set(kept["moments"]["provenance"]) == {"device", "kernels", "cores", "threads", "load", "versions"}
     assert "resnet32_gn         128        pi 1.0    5.0" in capsys.readouterr().out
 
 
@@ -445,9 +454,9 @@ def test_sections_are_kept_with_their_provenance(
     kept = bench.stored("cpu")
     assert set(kept) == {"step", "bandwidth", "flatness", "compile", "memory", "sweep", "training_step"}
     assert {r["threads"] for r in kept["step"]["rows"]} == {1, os.cpu_count()}
-    assert {p.name for p in figures.iterdir()} == {f"koala_cost_compiled.{e}" for e in ("png", "pdf", "json")}
+    assert {p.name for p in (figures / "koala").iterdir()} == {f"cost_compiled.{e}" for e in ("png", "pdf", "json")}
     assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
-    assert set(kept["sweep"]["provenance"]) == {"device", "cores", "threads", "load", "versions"}
+    assert set(kept["sweep"]["provenance"]) == {"device", "kernels", "cores", "threads", "load", "versions"}
     assert bench.stored("cuda:0") == {}
     printed = capsys.readouterr().out
     assert "exponents of one: 1.000" in printed
@@ -459,8 +468,8 @@ def test_sections_are_kept_with_their_provenance(
 def test_a_timed_epoch_is_an_epoch_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"optimizer_args": {"lr": 0.1}, "epochs": 2, "batch_size": 64, "train_size": 320}
     config = RunConfig(dataset="digits", model="mlp_100", optimizer="svrg", **options)
-    run = _Run(config, torch.device("cpu"))
-    monkeypatch.setattr(bench, "_Run", lambda *given: run)
+    run = TrainingRun(config, torch.device("cpu"))
+    monkeypatch.setattr(bench, "TrainingRun", lambda *given: run)
     job = bench.epoch(config)
     job(), job()
     assert run.result().provenance["weights_sha256"] == train(config).provenance["weights_sha256"]

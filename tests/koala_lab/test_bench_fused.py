@@ -13,7 +13,7 @@ from koala_lab.bench import steps as bench
 from koala_lab.bench.timing import Row
 from koala_lab.bench.traffic import step, traffic
 from koala_lib.optim import apollo
-from koala_lib.optim._engine.compiled import Pass
+from koala_lib.optim._engine.compiled import CompiledPass
 
 
 def measured(**ms: float) -> list[Row]:
@@ -57,11 +57,11 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
         group |= {"lr": 0.1} | ({"warmup_steps": 0} if "warmup_steps" in group else {})
     step(optimizer)
     params[0].grad = torch.randn_like(params[0])
-    call = Pass._call_compiled
+    call = CompiledPass._call_compiled
 
-    def counted(self: Any, converted: list[Any], *rest: Any) -> Any:
+    def counted(self: Any, converted: dict[str, Any], *rest: Any) -> Any:
         nonlocal moved
-        tensors = [ts[0] for ts in converted if isinstance(ts, list) and ts]  # the others fill the lists
+        tensors = [ts[0] for ts in converted.values() if isinstance(ts, list) and ts]  # the others fill the lists
         before = [t.clone() for t in tensors]
         result = call(self, converted, *rest)
         unread = self is apollo._observe  # the weights, without a decay in the gradient
@@ -70,7 +70,7 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pass, "_call_compiled", counted)
+        patch.setattr(CompiledPass, "_call_compiled", counted)
         step(optimizer)
     assert moved == bench_fused.MOVED[name]
 
@@ -90,17 +90,26 @@ def test_shapes_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_second_process_finds_what_the_first_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = []
+    caches, steps = [], []
 
     def check_output(command: list[str], env: dict[str, str], text: bool) -> str:
         caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        exec(command[-1])
         return f"{10.0 / len(caches)}\n"
 
     monkeypatch.setattr(subprocess, "check_output", check_output)
+    monkeypatch.setattr(bench_fused, "first_step", lambda *given: steps.append(given))
     rows = bench_fused.compile_time("resnet8")
     assert (rows[0]["cold_seconds"], rows[0]["warm_seconds"]) == (10.0, 5.0)
     assert caches[0::2] == caches[1::2]
     assert len(set(caches)) == len(rows)
+    assert steps[0::2] == steps[1::2] == [("resnet8", row["optimizer"], "cpu") for row in rows]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_first_step_of_a_compiled_optimizer_is_timed() -> None:
+    with pytest.warns(UserWarning, match="fused=True needs a working compiler"):
+        assert 0 < bench_fused.first_step("resnet8", "KOALA-V, compiled", "cpu") < 60
 
 
 def test_copying_is_reading_and_writing(monkeypatch: pytest.MonkeyPatch) -> None:

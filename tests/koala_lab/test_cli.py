@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_list_shows_one_line_a_run_and_its_status(trained: Trained) -> None:
 def test_list_ends_with_the_hours_that_pending_runs_will_take(trained: Trained) -> None:
     unknown = koala("list", "--preset", "desktop").stderr
     assert re.search(r"koala/20_tiny +3 runs, +3 pending +0\.0 h and 3 runs of unknown cost\n", unknown)
-    assert "'koala bench --step-times desktop --device cpu' measures them" in unknown
+    assert "unknown: no run of the same kind has finished here" in unknown
     keys = [line.split()[0] for line in koala("list", "--preset", "desktop").stdout.splitlines()]
     koala("run", "--preset", "desktop", "--key", keys[0])
     known = koala("list", "--preset", "desktop").stderr.splitlines()
@@ -170,13 +171,13 @@ def test_a_broken_run_does_not_stop_the_others(trained: Trained, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "--preset", "huge"], "preset 'huge' is none of quick, desktop, paper"),
+        (["list", "--preset", "huge"], "preset 'huge' is unknown; known are quick, desktop, paper"),
         (["list", "--only", "meka/*"], "no notebook matches 'meka/*'; there are: koala/10_theory, koala/20_tiny"),
         (["run", "--key", "abc"], "no run of preset quick has the key abc"),
         (["notebook", "koala/99"], "no notebook 'koala/99'"),
         (["notebook", "koala/20_tiny"], "-o OUTPUT.ipynb, or --in-place"),
         (["notebook", "koala/20_tiny", "-o", "x.html"], "expected a name that ends in .ipynb"),
-        (["data", "imagenets"], "unknown data set 'imagenets'; did you mean 'imagenet'?"),
+        (["data", "imagenets"], "data set 'imagenets' is unknown; known are"),
         (["data", "imagenet"], "ImageNet (ILSVRC 2012) is not in"),
     ],
 )
@@ -187,6 +188,32 @@ def test_bad_input_ends_with_one_sentence(trained: Trained, arguments: list[str]
     assert len(result.output.strip().splitlines()) == 1
 
 
+# ---------------------------------------------------------------- outside a checkout
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["report"], ["data", "digits"], ["bench"], ["notebook", "koala/10"]])
+def test_outside_a_checkout_every_command_says_that_it_needs_one(tmp_path: Path, arguments: list[str]) -> None:
+    """As from a wheel: a copy of both packages in a folder that has neither notebooks nor claims."""
+    site = tmp_path / "lib" / "site-packages"
+    for package in (REPOSITORY / "lab" / "koala_lab", REPOSITORY / "koala_lib"):
+        shutil.copytree(package, site / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("KOALA_", "PYTHON"))}
+
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", "koala_lab.cli", *words]
+        environment = {**variables, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    before = sorted(tmp_path.rglob("*"))
+    refused = command(*arguments)
+    assert refused.returncode == 2
+    [line] = refused.stderr.splitlines()
+    assert line.startswith("koala: koala_lab works inside a checkout of its repository")
+    assert str(site.parent) in line
+    assert command("--help").returncode == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---------------------------------------------------------------- report
 
 
@@ -195,20 +222,18 @@ def test_the_report_names_every_notebook_and_shows_every_figure(
 ) -> None:
     for name in ("koala/10_done", "koala/11_failed", "koala/12_missing"):
         project.notebook(name)
-    (project.root / "data").mkdir()
-    (project.root / "data" / "claims").symlink_to(REPOSITORY / "data" / "claims")
     executed = paths.report_dir() / "notebooks" / "koala"
     executed.mkdir(parents=True)
     (executed / "10_done.html").touch()
     (executed / "11_failed.failed.ipynb").touch()
-    paths.figures_dir().mkdir()
-    sidecar = {"figure": "koala_f", "notebook": "koala/10_done", "runs": ["a", "b"]}
-    (paths.figures_dir() / "koala_f.json").write_text(json.dumps(sidecar))
+    (paths.figures_dir() / "koala").mkdir(parents=True)
+    sidecar = {"figure": "f", "notebook": "koala/10_done", "runs": ["a", "b"]}
+    (paths.figures_dir() / "koala" / "f.json").write_text(json.dumps(sidecar))
     page = build().read_text()
     assert '<a href="notebooks/koala/10_done.html">koala/10_done</a>: ' in page
     assert 'koala/11_failed: <span class="failed">failed</span>' in page
     assert "koala/12_missing: not executed" in page
-    assert '<img src="figures/koala_f.png" alt="koala_f">' in page
+    assert '<img src="figures/koala/f.png" alt="koala/f">' in page
     assert "2 runs" in page
     assert "<table>" in page
     assert "not run yet" in page

@@ -6,11 +6,9 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import http.server
 import os
 import struct
 import tarfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from koala_lab import data, paths
-from koala_lab.data.files import find
+from koala_lab.data import DATASETS, Images
 from koala_lab.data.formats import parse_csv
-from koala_lab.data.registry import DATASETS, Dataset
 
 Arrays = dict[str, np.ndarray]
 RNG = np.random.RandomState(7)
@@ -80,11 +77,11 @@ def write_archive(folder: Path, name: str, inner: Path) -> Path:
     return folder / name
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> Dataset:
+def publish(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> Images:
     """Make the copy at hand the published one: put its checksums into the registry."""
     row = DATASETS[name]
     files = []
-    for path, file in zip(find(name) or (), row.files, strict=True):
+    for path, file in zip(row.find() or (), row.files, strict=True):
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         files.append(dataclasses.replace(file, digest=f"sha256:{hashlib.sha256(content).hexdigest()}"))
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(row, files=tuple(files), **changes))
@@ -121,9 +118,9 @@ def test_mnist5k(folder: Path) -> None:
     assert len(every) == 5000, "an image is in both splits, or lost"
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "imagenet32"])
+@pytest.mark.parametrize("name", [name for name in data.names(Images) if name != "imagenet32"])
 def test_registry_statistics_are_those_of_the_training_images(name: str) -> None:
-    if find(name) is None:
+    if DATASETS[name].find() is None:
         pytest.skip(f"no copy of {name} in KOALA_DATA")
     loaded = data.load(name)
     pixels = loaded.train_images.double().div(255).transpose(0, 1).flatten(1)
@@ -133,7 +130,7 @@ def test_registry_statistics_are_those_of_the_training_images(name: str) -> None
 
 
 def test_real_fashion_mnist() -> None:
-    if find("fashion-mnist") is None:
+    if DATASETS["fashion-mnist"].find() is None:
         pytest.skip("no copy of Fashion-MNIST in KOALA_DATA")
     fashion = data.load("fashion-mnist", allow_unverified=False)
     assert fashion.train_images.shape == (60000, 1, 28, 28)
@@ -284,8 +281,8 @@ IDENTITIES = {
 
 def test_identities_never_change(folder: Path) -> None:
     # They are part of the keys of stored runs: a change here makes every stored result unreachable.
-    assert {name: data.identity(name)[:12] for name in DATASETS} == IDENTITIES
-    assert all(len(data.identity(name)) == 64 for name in DATASETS)
+    assert {name: data.identity(name)[:12] for name in data.names(Images)} == IDENTITIES
+    assert all(len(data.identity(name)) == 64 for name in data.names(Images))
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -443,23 +440,7 @@ def test_unknown_name_suggests(folder: Path) -> None:
             call("cifar-10")
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Any:
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield tmp_path / "served", f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def test_download(folder: Path, tmp_path: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download(folder: Path, tmp_path: Path, server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the network is allowed here, but only to this server
     monkeypatch.setenv("KOALA_DATA", str(folder))
     monkeypatch.setattr(paths, "raw_dir", lambda: tmp_path / "raw")
@@ -469,20 +450,20 @@ def test_download(folder: Path, tmp_path: Path, server: Any, monkeypatch: pytest
     digest = f"md5:{hashlib.md5(archive.read_bytes()).hexdigest()}"
     row = DATASETS["cifar10"]
 
-    def published(digest: str, path: str) -> Dataset:
-        file = data.files.File("cifar-10-binary.tar.gz", digest, url=f"{address}/{path}", download=digest)
+    def published(digest: str, path: str) -> Images:
+        file = data.File("cifar-10-binary.tar.gz", digest, url=f"{address}/{path}", download=digest)
         return dataclasses.replace(row, archive=file)
 
     monkeypatch.setitem(DATASETS, "cifar10", published("md5:" + "0" * 32, archive.name))
     with pytest.raises(data.DataError, match="checksum is not the published one"):
         data.fetch("cifar10")
-    assert find("cifar10") is None, "a wrong download stays nowhere"
+    assert DATASETS["cifar10"].find() is None, "a wrong download stays nowhere"
     monkeypatch.setitem(DATASETS, "cifar10", published(digest, "nowhere/" + archive.name))
     with pytest.raises(data.DataError, match="HTTPError"):
         data.fetch("cifar10")
     monkeypatch.setitem(DATASETS, "cifar10", published(digest, archive.name))
     assert data.load("cifar10").tag == ""
-    assert find("cifar10") == (tmp_path / "raw" / "cifar10" / archive.name,)
+    assert DATASETS["cifar10"].find() == (tmp_path / "raw" / "cifar10" / archive.name,)
 
 
 # --- subsets ----------------------------------------------------------------------------------------------------------

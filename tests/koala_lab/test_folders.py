@@ -13,9 +13,9 @@ from PIL import Image
 
 from koala_lab import data
 from koala_lab import notebook as nb
-from koala_lab.bench import tasks as bench_runs
 from koala_lab.config import RunConfig
-from koala_lab.data.folders import FOLDERS, Photographs, RandomArea, centre_crop, listing, random_crop
+from koala_lab.data import DATASETS
+from koala_lab.data.folders import Photographs, RandomArea, centre_crop, listing, random_crop
 from koala_lab.runs.training import train
 
 SIZE, TRAIN, TEST = 16, 15, 6
@@ -47,8 +47,8 @@ def photographs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             for k in range(count):
                 path = root / part / name / f"{name}_{k}.JPEG"
                 write_photograph(path, seed=100 * label + k + 50 * (part == "val"))
-    row = dataclasses.replace(FOLDERS["imagenet"], num_classes=3, counts=(TRAIN, TEST), size=SIZE, short_side=20)
-    monkeypatch.setitem(FOLDERS, "imagenet", row)
+    row = dataclasses.replace(DATASETS["imagenet"], num_classes=3, counts=(TRAIN, TEST), size=SIZE, short_side=20)
+    monkeypatch.setitem(DATASETS, "imagenet", row)
     return root
 
 
@@ -74,9 +74,8 @@ def batches(
 
 
 def test_the_registry_has_the_official_numbers() -> None:
-    row = FOLDERS["imagenet"]
+    row = DATASETS["imagenet"]
     assert (row.num_classes, row.counts, row.shape) == (1000, (1_281_167, 50_000), (3, 224, 224))
-    assert not set(FOLDERS) & {*data.DATASETS, *data.TEXTS, *data.PAIRS}
 
 
 def test_folders_are_loaded_without_decoding(photographs: Path) -> None:
@@ -305,13 +304,6 @@ def test_resnext50_trains_two_steps_with_images_held_out(photographs: Path) -> N
     )
     assert result.status == "done"
     assert "validation_error" in result.final
-
-
-def test_step_times_of_photographs_are_measured_on_random_pixels(photographs: Path) -> None:
-    with bench_runs.random_data(5):
-        loaded = data.load("imagenet", device="cpu")
-        assert loaded.train_images.shape == (5, 3, SIZE, SIZE)
-        assert next(iter(batches(loaded)))[0].shape == (4, 3, SIZE, SIZE)
 
 
 # --- Table 1 of the APOLLO paper --------------------------------------------------------------------------------------

@@ -311,9 +311,9 @@ def test_gaussian_is_numpys_mean_and_covariance() -> None:
 
 
 def test_features_are_those_of_a_classifier_trained_as_any_other_run() -> None:
-    config = gan._classifier("digits", 320, "resnet8")
+    config = gan.classifier(QUICK.but(train_size=320), "resnet8")
     result = train.train(config)
-    reference = gan.real_images("digits", 320, "resnet8", "cpu")
+    reference = gan.real_images(config, "cpu")
     assert float(f"{reference.test_error:.6g}") == result.final["test_error"] < 15
     images = data.load("digits", train_size=320)
     for part, fitted in ((images.train_images, reference.train), (images.test_images, reference.test)):
@@ -422,8 +422,8 @@ def test_the_key_knows_the_task_and_its_options() -> None:
     ("change", "message"),
     [
         ({"task_args": {"los": "hinge"}}, "task 'gan' has no option 'los'; it has loss, features, samples"),
-        ({"task_args": {"loss": "wasserstein"}}, "loss='wasserstein' is unknown; known are non_saturating, hinge"),
-        ({"task_args": {"features": "inception"}}, "features='inception' is unknown; known are resnet8"),
+        ({"task_args": {"loss": "wasserstein"}}, "loss 'wasserstein' is unknown; known are non_saturating, hinge"),
+        ({"task_args": {"features": "inception"}}, "features 'inception' is unknown; known are resnet8"),
         ({"task_args": {"samples": 1}}, "samples must be a whole number >= 2, got 1"),
         ({"model_args": {"init": "orthogonal"}}, "init"),
         ({"augment": True}, "augment=True: a GAN would learn the black borders"),
@@ -438,5 +438,5 @@ def test_what_a_gan_cannot_do_is_said_in_one_sentence(change: dict[str, Any], me
 
 
 def test_a_classifier_is_no_gan() -> None:
-    with pytest.raises(ValueError, match="model='resnet8' is unknown; known are dcgan, dcgan_small of task 'gan'"):
+    with pytest.raises(ValueError, match="model 'resnet8' is unknown; known are dcgan, dcgan_small of task 'gan'"):
         QUICK.but(model="resnet8")

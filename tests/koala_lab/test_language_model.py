@@ -339,7 +339,7 @@ def test_the_state_is_carried_through_an_epoch_and_starts_anew_with_the_next() -
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    run = train._Run(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
+    run = train.TrainingRun(TINY.but(task_args={"sequence_length": 16, "clip_norm": 0.1}), torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():
         for _ in range(3):
@@ -350,7 +350,7 @@ def test_a_step_reads_nothing_back_to_the_host() -> None:
 def test_pieces_are_means_of_consecutive_steps() -> None:
     config = TINY.but(task_args={"sequence_length": 16, "pieces": 3}, train_size=1300)  # ten steps
     seen: list[float] = []
-    run = train._Run(config, torch.device("cpu"))
+    run = train.TrainingRun(config, torch.device("cpu"))
     run.task.network.train()
     for window in run.task.batches(0):
         before = run.sums.clone()
@@ -373,7 +373,7 @@ def test_pieces_change_nothing_else() -> None:
 
 def test_metrics_of_the_beginning_of_a_text() -> None:
     task = task_of(TINY.but(task_args={"sequence_length": 16, "evaluation_size": 100}))
-    whole = data.load_text("pydoc-topics", train_size=1500)
+    whole = data.load("pydoc-topics", train_size=1500)
     for part in ("validation", "test"):
         assert torch.equal(getattr(task.data, part), getattr(whole, part)[:100])
     assert torch.equal(task.data.train, whole.train)
@@ -403,9 +403,9 @@ def slow_mean_nats(task: LanguageModel, text: list[int]) -> float:
 
 @each_network
 def test_metrics_against_a_slow_loop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = data.load_text("pydoc-topics")
+    whole = data.load("pydoc-topics")
     short = data.TextData(**vars(whole) | {"test": whole.test[:403], "validation": whole.validation[:197]})
-    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: short)
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: short)
     task = task_of(TINY.but(model=name, model_args=SMALL[name]))
     network = task.network.eval()
     with torch.no_grad():
@@ -447,8 +447,8 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_words_have_no_bits_per_character(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = data.TextData(**vars(data.load_text("pydoc-topics", train_size=1500)) | {"unit": "word"})
-    monkeypatch.setattr(data, "load_text", lambda *args, **kwargs: words)
+    words = data.TextData(**vars(data.load("pydoc-topics", train_size=1500)) | {"unit": "word"})
+    monkeypatch.setattr(data, "load", lambda *args, **kwargs: words)
     task = task_of()
     assert set(task.evaluate(task.network)) == {"test_loss", "perplexity", "validation_loss", "unigram_loss"}
 

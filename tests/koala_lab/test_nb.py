@@ -57,7 +57,7 @@ def test_a_line_outside_the_grammar_is_named(source: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lrr": 0.1}, "unknown parameter lrr, did you mean lr?"),
+        ({"lrr": 0.1}, "; did you mean 'lr'?"),
         ({"lr": "1e-3"}, "parameter lr: expected float, got str '1e-3' (YAML needs 1.0e-3)"),
         ({"lr": "1e3"}, "(YAML needs 1.0e+3)"),
         ({"seed": True}, "parameter seed: expected int, got bool True"),
@@ -66,7 +66,7 @@ def test_a_line_outside_the_grammar_is_named(source: str, message: str) -> None:
         ({"widths": 3}, "parameter widths: expected list[int], got int 3"),
         ({"widths": [3.5]}, "parameter widths: expected int, got float 3.5"),
         ({"name": 3}, "parameter name: expected str, got int 3"),
-        ({"preset": "papers"}, "parameter preset: 'papers' is none of quick, desktop, paper"),
+        ({"preset": "papers"}, "parameter preset: 'papers' is unknown; known are quick, desktop, paper"),
     ],
 )
 def test_an_unknown_or_ill_typed_parameter_is_named(given: dict[str, object], message: str) -> None:
@@ -108,7 +108,7 @@ def test_the_grid_follows_the_preset(project: Project) -> None:
         ("preset: paper\n", "'preset: desktop'"),
         ("- 1\n", "expected 'name: value' lines"),
         ("preset: desktop\nlr: 1e-3\n", "YAML needs 1.0e-3"),
-        ("preset: desktop\nseeds: 3\n", "unknown parameter seeds"),
+        ("preset: desktop\nseeds: 3\n", "parameter 'seeds' is unknown"),
     ],
 )
 def test_a_wrong_preset_file_is_refused(project: Project, text: str, message: str) -> None:
@@ -133,7 +133,8 @@ def test_koala_notebook_executes_in_this_interpreter_and_writes_the_normal_form(
     codes = [c for c in done.cells if c.cell_type == "code"]
     assert codes[3].outputs[0].text == f"{sys.executable}\n0.001 [5]\n"
     start = codes[2].outputs[0].text
-    assert start == "koala/20_tiny: preset=quick device=cpu seed=0 n_seeds=2 lr=0.001 widths=[5]\n"
+    assert start.splitlines()[0] == "koala/20_tiny: preset=quick device=cpu seed=0 n_seeds=2 lr=0.001 widths=[5]"
+    assert start.splitlines()[1].startswith("custom: not the parameters of preset quick")
     assert out.read_text() == nbformat.writes(execute.normal_form(done)) + "\n"
     assert "papermill" not in out.read_text().replace("# Parameters", "")
     assert "0.001 [5]" in out.with_suffix(".html").read_text()
@@ -154,7 +155,7 @@ def test_a_failing_notebook_is_kept_and_named(project: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "stpes=20"], "unknown parameter stpes"),
+        (["-p", "stpes=20"], "parameter 'stpes' is unknown"),
         (["-p", "lr=fast"], "parameter lr: expected float, got str 'fast'"),
         (["-p", "lr"], "-p lr: expected name=value"),
         (["--preset", "desktop"], "koala/20_tiny has no preset 'desktop'"),
@@ -174,7 +175,7 @@ def test_koala_notebook_refuses_before_a_kernel_starts(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"stpes": 20}, "ValueError: unknown parameter stpes"),
+        ({"stpes": 20}, "ValueError: parameter 'stpes' is unknown"),
         ({"lr": "1e-3"}, "ValueError: parameter lr: expected float, got str '1e-3'"),
     ],
 )
@@ -241,44 +242,134 @@ def context(**params: object) -> nb.Notebook:
     return nb.Notebook("koala/20_tiny", "quick", {"device": "cpu", **params}, runs.Store())
 
 
+def instant(config: RunConfig, **_: object) -> RunResult:
+    """A run of no time: the first seed is done, the others fail."""
+    epochs = ({"train_loss": 1.0, "test_error": 4.0, "lr": 0.01},)
+    return RunResult(config.key, config, "failed" if config.seed else "done", epochs, provenance={"device": "cpu"})
+
+
 def test_run_shows_progress_to_a_person_and_leaves_one_stable_line(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grid = nb.grid_of(project.notebook("koala/20_tiny", grid=True))
+    declared = nb.declared_grid(project.notebook("koala/20_tiny", grid=True))
+    assert declared is not None
     shown: list[str] = []
 
     class Line:
         def update(self, data: dict[str, str], raw: bool) -> None:
             shown.append(data["text/plain"])
 
-    def train(config: RunConfig, **_: object) -> RunResult:
-        return RunResult(config.key, config, "failed" if config.seed else "done", (), provenance={})
-
-    monkeypatch.setattr("koala_lab.runs.store.train", train)
+    monkeypatch.setattr("koala_lab.runs.store.train", instant)
     monkeypatch.setattr("IPython.display.display", lambda *_, **__: Line())
     monkeypatch.delenv("KOALA_BATCH", raising=False)
-    results = context().run(grid)
-    assert [r.status for r in results] == ["done", "failed"]
-    assert shown == [f"run 1/2: {grid[0].label}", f"run 2/2: {grid[1].label}", ""]
+    ctx = context(seed=0, n_seeds=2)
+    frame = ctx.run(declared.grid)
+    config = declared.grid["sgd"]
+    assert shown == [f"run 1/2: {config.label}", f"run 2/2: {config.but(seed=1).label}", ""]
     assert capsys.readouterr().out == "2 runs: 1 done, 1 failed\n"
+    assert frame[["row", "seed", "candidate", "status", "lr"]].values.tolist() == [
+        ["sgd", 0, 0, "done", 0.1], ["sgd", 1, 0, "failed", 0.1]
+    ]  # fmt: skip
+    assert frame["test_error"].isna().tolist() == [False, True]
+    assert [r.config.seed for r in ctx.results(frame)] == [0, 1]
+    assert set(ctx.curves(frame)["metric"]) == {"train_loss", "test_error", "lr"}
+    assert ctx.summary(frame, ["test_error"]).loc[("digits", "sgd"), ("runs", "failed")] == 1
 
 
-def test_verdicts_are_printed_and_written_for_the_scoreboard(
+def test_stored_runs_get_the_names_of_the_grid_at_their_preset(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (project.root / "data").mkdir()
-    (project.root / "data" / "claims").symlink_to(Path(__file__).resolve().parents[2] / "data" / "claims")
-    known = claims.load("koala").values()
-    claim = next(c for c in known if "quick" in c.judge and c.judge["quick"].test == "holds")
-    other = next(c for c in known if "paper" in c.judge and "quick" not in c.judge)
-    notebook = context()
-    notebook.judge(claim.id, holds={"first": True, "second": True})
-    notebook.judge(other.id)
-    notebook.verdicts()
-    assert [(v.claim_id, v.status) for v in claims.saved()] == [(claim.id, "reproduced"), (other.id, claims.NOT_RUN)]
+    path = project.notebook("koala/20_tiny", grid=True)
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\nn_seeds: 3\nlr: 1\n")
+    ctx = context(seed=0, n_seeds=2)
+    assert ctx.stored("desktop").empty
+    grid = nb.grid_of(path, "desktop")
+    runs.merge_results(runs.results_file("desktop", "koala/20_tiny"), grid, [instant(c) for c in grid[:2]])
+    stored = ctx.stored("desktop")
+    assert stored[["row", "seed", "lr"]].values.tolist() == [["sgd", 0, 1.0], ["sgd", 1, 1.0]]
+    assert capsys.readouterr().out == "desktop: 0 of 3 runs stored\ndesktop: 2 of 3 runs stored, cpu\n"
+    assert ctx.stored("paper").empty  # the notebook has no such preset
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ({}, "quick"),
+        ({"device": "cuda"}, "quick"),  # where it runs, not what
+        ({"lr": 0.2}, "custom"),
+        ({"n_seeds": 1}, "custom"),
+        ({"preset": "desktop"}, "custom"),  # quick parameters under another name
+        ({"preset": "desktop", "n_seeds": 3, "lr": 1.0}, "desktop"),
+        ({"preset": "paper"}, "custom"),  # the notebook has no such preset
+    ],
+)
+def test_a_scale_is_a_presets_only_where_all_parameters_are(
+    project: Project, values: dict[str, object], scale: str
+) -> None:
+    path = project.notebook("koala/20_tiny")
+    project.preset("desktop", "koala/20_tiny", "preset: desktop\nn_seeds: 3\nlr: 1\n")
+    assert nb.scale_of("koala/20_tiny", resolve(nb.declared_in(path), values)) == scale
+    assert nb.scale_of("koala/21_unsaved", resolve(nb.declared_in(path), values)) == "custom"
+
+
+CLAIMS_OF = "koala/30_schedules_and_targets"
+
+
+def judged(scale: str) -> nb.Notebook:
+    """A context of a real notebook in which everything that has a test at quick is judged."""
+    ctx = nb.Notebook(CLAIMS_OF, "quick", {"device": "cpu"}, runs.Store(), scale)
+    evidence: dict[str, dict[str, object]] = {"holds": {"holds": True}, "no_worse": {}}
+    for claim in claims.of(CLAIMS_OF):
+        if criterion := claim.criterion("quick"):
+            evidence["no_worse"]["arms"] = {row: {0: 1.0, 1: 2.0} for row in claim.arms}
+            ctx.judge(claim.id, **evidence.get(criterion.test, {"measured": 0.0}))
+    return ctx
+
+
+@pytest.mark.usefixtures("project")
+def test_verdicts_print_what_is_decided_and_are_written_for_the_scoreboard(capsys: pytest.CaptureFixture[str]) -> None:
+    judged("quick").verdicts()
+    mine = claims.of(CLAIMS_OF)
+    assert {v.claim_id for v in claims.saved()} == {c.id for c in mine if c.criterion("quick")}
     printed = capsys.readouterr().out
-    assert claim.id in printed
-    assert "reproduced" in printed
+    assert "at any scale\n  reproduced: schedules.target_b_is_rate_along_schedules: 0" in printed
+    assert "quick: 1 not run at this scale" in printed
+    assert printed.endswith(f"{len(mine)} claims in all\n")
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_a_custom_run_leaves_verdicts_and_figures_of_the_standard_run_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("IPython.display.display", lambda *_, **__: None)
+    standard, custom = judged("quick"), judged("custom")
+    standard.verdicts()
+    standard.figure(_figure(), "a")
+    before = {p: p.read_bytes() for p in project.root.rglob("report/**/*") if p.is_file()}
+    custom.verdicts()
+    custom.figure(_figure(), "a")
+    after = {p: p.read_bytes() for p in project.root.rglob("report/**/*") if p.is_file()}
+    assert {p: after[p] for p in before} == before
+    new = {p.relative_to(project.root / "report" / "custom" / CLAIMS_OF).as_posix() for p in after.keys() - before}
+    assert new == {"verdicts.json", *(f"figures/koala/a.{suffix}" for suffix in ("png", "pdf", "json"))}
+
+
+@pytest.mark.usefixtures("project")
+def test_a_claim_that_has_a_test_and_was_not_judged_is_an_error() -> None:
+    ctx = judged("quick")
+    ctx._verdicts.pop()
+    with pytest.raises(RuntimeError, match=rf"{CLAIMS_OF} does not judge koala\.schedules\.\w+, which have a test"):
+        ctx.verdicts()
+
+
+@pytest.mark.parametrize(("preset", "saved"), [("quick", True), ("paper", False)])
+def test_quick_parameters_under_the_name_of_paper_store_no_verdict(project: Project, preset: str, saved: bool) -> None:
+    source = "ctx = run\nctx.judge('koala.text.minibatch_loss_noise', holds=True)\nctx.verdicts()"
+    path = project.notebook("koala/40_tiny", source)
+    out = project.root / "x.ipynb"
+    result = CliRunner().invoke(app, ["notebook", str(path), "-o", str(out), "-p", f"preset={preset}"])
+    assert result.exit_code == 0, result.output
+    assert bool(claims.saved()) == saved
 
 
 # ---------------------------------------------------------------- figures

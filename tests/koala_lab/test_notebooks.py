@@ -26,7 +26,11 @@ PRESETS = sorted(paths.presets().rglob("*.yaml"))
 TAGS = {"parameters", "grid", "nbval-check-output"}
 CLAIM_ID = re.compile(r"(?<![\w./])(?:koala|meka|apollo)\.[a-z0-9_]+\.[a-z0-9_.]*[a-z0-9_](?![\w{*.])")
 
+TEMPLATE = paths.notebooks() / "_template.ipynb"
+FOUND = "## What was found"
 USERS_LOOPS = {"00_start_here", "02_going_further"}  # these show the loops that users write
+
+ANSWERS = [name for name in NOTEBOOKS if "/" in name]  # those on a paper; they follow the whole grammar
 
 each = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -120,21 +124,82 @@ def test_nbval_has_something_to_compare(name: str) -> None:
 ALL_CLAIMS = {i: c for f in sorted(paths.claims_dir().glob("*.yaml")) for i, c in claims.load(f.stem).items()}
 
 
-def judged(name: str) -> list[str]:
-    """Claims in the stored verdict table."""
-    verdicts = [text_of(c) for c in cells(name) if ".verdicts()" in c.source]
-    return [w for text in verdicts for line in text.splitlines() if (w := line.split(" ")[0]) in ALL_CLAIMS]
-
-
 @each
 def test_claim_ids_in_a_notebook_exist(name: str) -> None:
     named = {i for c in cells(name) + cells(name, "markdown") for i in CLAIM_ID.findall(c.source)}
     assert named <= set(ALL_CLAIMS)
 
 
-@each
+@pytest.mark.parametrize("name", ANSWERS)
 def test_a_notebook_judges_exactly_its_claims(name: str) -> None:
-    assert set(judged(name)) == {i for i, c in ALL_CLAIMS.items() if c.notebook == name}
+    """``ctx.verdicts()`` refuses to leave one out, and counts those that it had."""
+    mine = {i for i, c in ALL_CLAIMS.items() if c.notebook == name}
+    printed = "".join(text_of(c) for c in cells(name))
+    assert re.findall(r"^(\d+) claims(?: in all)?$", printed, re.M) == [str(len(mine))]
+
+
+def test_every_claim_has_a_notebook() -> None:
+    assert {c.notebook for c in ALL_CLAIMS.values()} <= set(ANSWERS)
+
+
+# ---------------------------------------------------------------- the grammar
+
+
+def statements(body: list[ast.stmt]) -> list[ast.stmt]:
+    """All statements below some, at any depth."""
+    return [n for top in body for n in ast.walk(top) if isinstance(n, ast.stmt)]
+
+
+def slips(source: str) -> list[str]:
+    """What a cell does against the grammar: one statement per line, 100 columns, no code golf."""
+    found = [f"{len(line)} columns: {line}" for line in source.splitlines() if len(line) > 100]
+    every = statements(ast.parse(source).body)
+    lines = Counter(s.lineno for s in every)
+    found += [f"{n} statements in line {line}" for line, n in lines.items() if n > 1]
+    for s in every:
+        if isinstance(s, ast.Expr) and isinstance(s.value, ast.Tuple):
+            found.append(f"a tuple as a statement in line {s.lineno}")
+        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Lambda):
+            found.append(f"a function without a def in line {s.lineno}")
+        if isinstance(s, ast.ClassDef):
+            found.append(f"a class in line {s.lineno}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "slip"),
+    [
+        ("a = 1; b = 2", "2 statements"), ("if a: b = 2", "2 statements"), ("f(), g()", "tuple as a statement"),
+        ("f = lambda x: x", "function without"), ("class A:\n    pass", "a class"), ("a = " + "1" * 100, "104 columns"),
+    ],
+)  # fmt: skip
+def test_slips_are_seen(source: str, slip: str) -> None:
+    assert any(slip in found for found in slips(source))
+    assert slips("a = 1\nif a:\n    b = (2, 3)") == []
+
+
+@pytest.mark.parametrize("name", [*ANSWERS, TEMPLATE.stem])
+def test_the_grammar(name: str) -> None:
+    book = nbformat.read(NOTEBOOKS.get(name, TEMPLATE), as_version=4)
+    code = [c for c in book.cells if c.cell_type == "code"]
+    assert not [slip for c in code for slip in slips(c.source)]
+    text = [c.source for c in book.cells if c.cell_type == "markdown"]
+    headings = [line for source in text for line in source.splitlines() if line.startswith("## ")]
+    assert headings.index(FOUND) <= 2, "begin with what was found"
+    assert any(h.startswith("## Deviations") for h in headings)
+    first_figure = next((i for i, c in enumerate(book.cells) if "figure(" in c.source), len(book.cells))
+    assert next(i for i, c in enumerate(book.cells) if FOUND in c.source) < first_figure
+    [last] = [i for i, c in enumerate(code) if c.source.splitlines()[-1] == "ctx.verdicts()"]
+    assert not any("judge(" in c.source or "judge_table(" in c.source for c in code[last + 1 :]), "judged, never saved"
+    printed = "".join(output.get("text", "") for output in code[last].outputs)
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_the_template_runs(tmp_path: Path) -> None:
+    execute.execute(TEMPLATE, tmp_path / "made.ipynb", {})
+    book = nbformat.read(tmp_path / "made.ipynb", as_version=4)
+    assert "0 claims in all" in "".join(text_of(c) for c in book.cells if c.cell_type == "code")
+    assert TEMPLATE.stem not in NOTEBOOKS
 
 
 # ---------------------------------------------------------------- presets

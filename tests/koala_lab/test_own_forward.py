@@ -10,7 +10,7 @@ from torch import nn
 
 from koala_lab.config import RunConfig
 from koala_lab.runs.trace import trace
-from koala_lab.runs.training import _Run, train
+from koala_lab.runs.training import TrainingRun, train
 from koala_lib.optim import Meka
 
 CONFIG = RunConfig(
@@ -29,7 +29,7 @@ CONFIG = RunConfig(
 @pytest.mark.parametrize("name", ["meka", "adameka"])
 def test_a_run_is_the_optimizer_on_the_batches_of_the_task(name: str) -> None:
     torch.manual_seed(CONFIG.seed)
-    run = _Run(CONFIG.but(optimizer=name), torch.device("cpu"))
+    run = TrainingRun(CONFIG.but(optimizer=name), torch.device("cpu"))
     network = run.task.network
     expected = {k: v.clone() for k, v in network.state_dict().items()}
     torch.manual_seed(1)  # nothing is drawn from here on
@@ -69,7 +69,7 @@ SWITCH = CONFIG.but(
 
 def test_a_switch_changes_options_and_keeps_the_filter() -> None:
     result, record = train(SWITCH), trace(SWITCH, 15)
-    run = _Run(SWITCH.but(wrapper="", wrapper_args={}), torch.device("cpu"))
+    run = TrainingRun(SWITCH.but(wrapper="", wrapper_args={}), torch.device("cpu"))
     [optimizer], losses = run.optimizers.values(), []
     for epoch in range(3):
         if epoch == 1:
@@ -105,7 +105,7 @@ def test_an_interrupted_run_has_the_same_bits(config: RunConfig, tmp_path: Path)
 
 
 def test_the_landscape_of_the_training_loss() -> None:
-    run = _Run(SWITCH.but(train_size=40, batch_size=20), torch.device("cpu"))
+    run = TrainingRun(SWITCH.but(train_size=40, batch_size=20), torch.device("cpu"))
     digits, network = run.task.data, run.task.network
     x = (digits.train_images.double() / 255 - digits.mean.double()) / digits.std.double()
     y = digits.train_labels

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from koala_lab import data
-from koala_lab.data import files
-from koala_lab.data.pairs import EOS, PAD, PAIRS, SPECIAL, Pairs, Sentences, learn, parallel_lines, tokenized
+from koala_lab.data import DATASETS, Pairs, source
+from koala_lab.data.pairs import EOS, PAD, SPECIAL, Sentences, learn, parallel_lines, tokenized
 
 ENGLISH, GERMAN = "a cat sits\na dog runs\n", "eine Katze sitzt\nein Hund läuft\n"
-SMALL = Pairs(title="made here", vocabulary=262, files=())
+SMALL = Pairs(name="made-here", title="made here", vocabulary=262, files=())
 
 
 def parts_of(*texts: str | bytes) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -114,7 +114,7 @@ def test_sentences_side_by_side() -> None:
 def test_numbers_are_words_of_num2words_and_no_number_is_in_two_parts() -> None:
     from num2words import num2words
 
-    parts = PAIRS["numbers"].parse(iter([]))
+    parts = DATASETS["numbers"].parse(iter([]))
     assert [len(source) for source, _ in parts] == [len(target) for _, target in parts] == [3000, 500, 500]
     value = {num2words(n): n for n in range(10_000)}
     numbers = [value[english] for _, target in parts for english in target]
@@ -127,7 +127,7 @@ def test_numbers_are_words_of_num2words_and_no_number_is_in_two_parts() -> None:
 
 def test_tokens_are_the_same_in_every_process(folder: Path) -> None:
     code = (
-        "import hashlib, sys; from koala_lab import data; pairs = data.load_pairs('numbers');"
+        "import hashlib, sys; from koala_lab import data; pairs = data.load('numbers');"
         "print(hashlib.sha256(pairs.train[0].tokens.numpy().tobytes() + pairs.test[1].tokens.numpy().tobytes())"
         ".hexdigest(), pairs.identity)"
     )
@@ -146,14 +146,14 @@ def test_tokens_are_the_same_in_every_process(folder: Path) -> None:
 
 def test_each_version_of_num2words_has_its_own_identity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = data.identity("numbers")
-    assert here == data.load_pairs("numbers").identity
+    assert here == data.load("numbers").identity
     (folder / "lang.py").write_text("another version")
-    monkeypatch.setattr(files, "_shipped", lambda file: folder / "lang.py")
+    monkeypatch.setattr(source, "shipped", lambda file: folder / "lang.py")
     assert data.identity("numbers") != here
 
 
 def test_train_size_takes_the_beginning_and_leaves_the_rest(folder: Path) -> None:
-    whole, short = data.load_pairs("numbers"), data.load_pairs("numbers", train_size=7)
+    whole, short = data.load("numbers"), data.load("numbers", train_size=7)
     for side in (0, 1):
         assert len(short.train[side]) == 7
         index = np.arange(7)
@@ -162,32 +162,20 @@ def test_train_size_takes_the_beginning_and_leaves_the_rest(folder: Path) -> Non
     assert short.identity == whole.identity
     for size in (0, -1, 3001):
         with pytest.raises(ValueError, match=f"train_size must be between 1 and 3000.*{size}"):
-            data.load_pairs("numbers", train_size=size)
+            data.load("numbers", train_size=size)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_not_mixed_up_with_images_and_texts(folder: Path) -> None:
-    with pytest.raises(ValueError, match="multi30k holds pairs of sentences; load it with load_pairs"):
-        data.load("multi30k")
-    with pytest.raises(ValueError, match="numbers holds pairs of sentences; load it with load_pairs"):
-        data.load_text("numbers")
-    with pytest.raises(ValueError, match="digits holds images; load it with load"):
-        data.load_pairs("digits")
-    with pytest.raises(ValueError, match=r"'multi30'.*did you mean 'multi30k'"):
-        data.load_pairs("multi30")
-    assert not set(data.PAIRS) & (set(data.DATASETS) | set(data.TEXTS))
-
-
 def write(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Make six small files; where checksums are published, make theirs the published ones."""
     published = []
-    for i, file in enumerate(PAIRS[name].files):
+    for i, file in enumerate(DATASETS[name].files):
         raw = (GERMAN if i % 2 else ENGLISH).encode() * (1 + i // 2)
         (folder / file.name).write_bytes(raw)
         published.append(file if not file.digest else dataclasses.replace(file, digest=_sha256(raw)))
-    monkeypatch.setitem(PAIRS, name, dataclasses.replace(PAIRS[name], files=tuple(published), vocabulary=262))
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], files=tuple(published), vocabulary=262))
 
 
 def _sha256(raw: bytes) -> str:
@@ -198,7 +186,7 @@ def _sha256(raw: bytes) -> str:
 def test_six_files_are_three_parts_in_two_languages(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / name).mkdir()
     write(folder / name, monkeypatch, name)
-    pairs = data.load_pairs(name)
+    pairs = data.load(name)
     assert [len(part[0]) for part in (pairs.train, pairs.validation, pairs.test)] == [2, 4, 6]
     assert pairs.test_lines == (("a cat sits", "a dog runs") * 3, ("eine Katze sitzt", "ein Hund läuft") * 3)
     [tokens] = pairs.train[1].padded(np.array([1])).tolist()
@@ -214,13 +202,13 @@ def test_a_changed_file_of_multi30k_is_refused_and_of_wmt14_has_another_identity
     for name, file in (("multi30k", "val.de"), ("wmt14-en-de", "newstest2013.de")):
         (folder / name).mkdir()
         write(folder / name, monkeypatch, name)
-        before[name] = data.load_pairs(name).identity
+        before[name] = data.load(name).identity
         path = folder / name / file
         path.write_bytes(path.read_bytes().replace(b"Katze", b"Kater", 1))
-    assert data.load_pairs("wmt14-en-de").identity != before["wmt14-en-de"]
+    assert data.load("wmt14-en-de").identity != before["wmt14-en-de"]
     with pytest.raises(data.DataError, match=r"val.de is not the published file of Multi30k.*--allow-unverified-data"):
-        data.load_pairs("multi30k")
-    assert data.load_pairs("multi30k", allow_unverified=True).tag.startswith("unverified: content ")
+        data.load("multi30k")
+    assert data.load("multi30k", allow_unverified=True).tag.startswith("unverified: content ")
 
 
 @pytest.mark.parametrize(
@@ -232,8 +220,8 @@ def test_a_changed_file_of_multi30k_is_refused_and_of_wmt14_has_another_identity
 )
 def test_missing_files_say_what_to_do(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(data.DataError) as caught:
-        data.load_pairs(name)
-    for part in (PAIRS[name].title, str(folder), "KOALA_DATA", *parts):
+        data.load(name)
+    for part in (DATASETS[name].title, str(folder), "KOALA_DATA", *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -244,9 +232,9 @@ def test_identities_never_change(folder: Path) -> None:
 
 
 def test_the_published_multi30k() -> None:
-    if files.find("multi30k") is None:
+    if data.DATASETS["multi30k"].find() is None:
         pytest.skip("no copy of multi30k in KOALA_DATA")
-    pairs = data.load_pairs("multi30k")
+    pairs = data.load("multi30k")
     assert [len(part[1]) for part in (pairs.train, pairs.validation, pairs.test)] == [29_000, 1014, 1000]
     # The identity does not tell how the text is cut into tokens: this does.
     digest = hashlib.sha256(pairs.train[1].tokens.numpy().tobytes() + pairs.test[0].tokens.numpy().tobytes())

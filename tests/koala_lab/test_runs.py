@@ -10,6 +10,7 @@ import pytest
 
 from koala_lab import runs
 from koala_lab.config import RunConfig
+from koala_lab.files import write_json
 from koala_lab.runs import Store
 from koala_lab.runs.training import RunResult
 
@@ -109,7 +110,7 @@ def test_committed_results_count_as_done(store: Store, trained: list[RunConfig])
 def test_committed_results_keep_the_key_they_were_made_with(store: Store) -> None:
     stale = result_of(CONFIG)
     record = stale.to_json() | {"key": "0123456789abcdef"}  # another version of the algorithm, or other data
-    runs.write_json(runs.results_file("desktop", "x"), {"runs": [record]})
+    write_json(runs.results_file("desktop", "x"), {"runs": [record]})
     assert store.get(CONFIG.key) is None
     assert store.get("0123456789abcdef") is not None
 
@@ -132,7 +133,7 @@ def test_merging_keeps_runs_on_another_copy_of_the_data(store: Store) -> None:
     file = runs.results_file("paper", "x")
     copy = RunResult("00aa", CONFIG, "done", ({"test_error": 1.0},), None, {"data": {"tag": "unverified: content 12"}})
     gone = RunResult("00bb", CONFIG.but(epochs=9), "done", (), None, {"data": {"tag": "unverified: content 12"}})
-    runs.write_json(file, {"runs": [copy.to_json(), gone.to_json()]})
+    write_json(file, {"runs": [copy.to_json(), gone.to_json()]})
     runs.merge_results(file, [CONFIG], [result_of(CONFIG)])
     assert [r.key for r in runs.read_results(file)] == [CONFIG.key, "00aa"]
 
@@ -145,17 +146,44 @@ def test_results_that_are_none_are_named(tmp_path: Path) -> None:
         runs.read_results(broken)
 
 
-def test_tables() -> None:
+def test_a_grid_is_trained_seed_by_seed_and_shared_runs_once() -> None:
+    other = CONFIG.but(optimizer="sgd")
+    grid = {"one": CONFIG, "two": [other, CONFIG.but(dataset="mnist")], "same": CONFIG}
+    wanted = runs.expand(grid, [3, 4], pilot={"two": [other.but(epochs=1)]})
+    assert [(c.optimizer, c.dataset, c.epochs, c.seed) for c in wanted] == [
+        ("koala_m", "digits", 2, 3), ("sgd", "digits", 2, 3), ("koala_m", "mnist", 2, 3), ("sgd", "digits", 1, 3),
+        ("koala_m", "digits", 2, 4), ("sgd", "digits", 2, 4), ("koala_m", "mnist", 2, 4),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="row 'one': expected RunConfigs without a seed"):
+        runs.expand({"one": CONFIG.but(seed=1)}, [0])
+
+
+def test_a_table_names_rows_and_candidates() -> None:
     config = CONFIG.but(optimizer_args={"momentum": 0.5})
+    rates = [CONFIG.but(optimizer="sgd", optimizer_args={"lr": lr}) for lr in (0.1, 0.3)]
     failed = RunResult(config.but(seed=1).key, config.but(seed=1), "failed", ({"test_error": 3.0},), 7, {})
-    table = runs.table([result_of(config), failed])
-    assert table[["seed", "momentum", "status"]].values.tolist() == [[0, 0.5, "done"], [1, 0.5, "failed"]]
-    assert table["test_error"][0] == 2.5
-    assert table["test_error"].isna().tolist() == [False, True]
-    curves = runs.curves([result_of(config)])
+    results = [failed, result_of(config), *map(result_of, rates), result_of(CONFIG.but(epochs=9))]
+    table = runs.frame({"koala": config, "sgd": rates, "again": config}, results)
+    assert table[["row", "seed", "candidate", "status"]].values.tolist() == [
+        ["koala", 0, 0, "done"], ["koala", 1, 0, "failed"], ["sgd", 0, 0, "done"], ["sgd", 0, 1, "done"],
+        ["again", 0, 0, "done"], ["again", 1, 0, "failed"],
+    ]  # fmt: skip
+    assert table["lr"].tolist()[2:4] == [0.1, 0.3]
+    assert table["momentum"][0] == 0.5
+    assert table["test_error"].isna().tolist() == [False, True, False, False, False, True]
+    curves = runs.learning_curves(table[table["row"] == "koala"], results)
     errors = curves[curves["metric"] == "test_error"]
-    assert errors["epoch"].tolist() == [1, 2]
-    assert errors["value"].tolist() == [5.0, 2.5]
+    assert errors[["seed", "epoch", "value"]].values.tolist() == [[0, 1, 5.0], [0, 2, 2.5], [1, 1, 3.0]]
+    summary = runs.summary(table[table["row"] == "koala"], ["test_error"])
+    assert summary.loc[("digits", "koala")].tolist()[2:] == [1, 1]
+    assert runs.frame({"koala": config}, []).empty
+
+
+def test_runs_on_another_copy_of_the_data_are_found_unless_the_official_ones_are_there() -> None:
+    copy = RunResult("00aa", CONFIG, "done", ({"test_error": 1.0},), None, {"data": {"tag": "unverified"}})
+    assert runs.frame({"a": CONFIG}, [copy])[["key", "data"]].values.tolist() == [["00aa", "unverified"]]
+    for results in ([copy, result_of(CONFIG)], [result_of(CONFIG), copy]):
+        assert runs.frame({"a": CONFIG}, results)["key"].tolist() == [CONFIG.key]
 
 
 def test_busy_while_somebody_holds_the_run(store: Store) -> None:

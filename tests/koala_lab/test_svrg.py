@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from koala_lab.baselines.svrg import Svrg
 from koala_lab.config import RunConfig
-from koala_lab.runs.training import _Run, train
+from koala_lab.runs.training import TrainingRun, train
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
 Batch = tuple[Tensor, Tensor]
@@ -75,7 +75,7 @@ def test_equals_a_loop_over_the_samples() -> None:
     W, b = (p.detach().numpy().copy() for p in net.parameters())
     optimizer = Svrg(net, LOSS, lr)
     for _ in range(3):
-        optimizer.take_snapshot(data)
+        optimizer.start_epoch(data)
         losses = [optimizer.step(*batch).item() for batch in data]
 
     def mean(W: np.ndarray, b: np.ndarray, samples: list[tuple[np.ndarray, int]]) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ def test_equals_a_loop_over_the_samples() -> None:
 def test_at_the_snapshot_every_batch_gives_the_full_gradient() -> None:
     net, data = network(), batches()
     optimizer = Svrg(net, LOSS, 1.0)
-    optimizer.take_snapshot(data)
+    optimizer.start_epoch(data)
     for batch in [*data, *batches(seed=1)]:
         torch.testing.assert_close(estimate(net, optimizer, batch), gradient(net, data), rtol=0, atol=1e-12)
 
@@ -111,7 +111,7 @@ def test_the_estimate_is_unbiased_and_its_variance_falls_with_the_distance_to_th
     for scale in (0.1, 0.01, 0.001):
         net, data = network(), batches((4,) * 6)
         optimizer = Svrg(net, LOSS, 1.0)
-        optimizer.take_snapshot(data)
+        optimizer.start_epoch(data)
         disturb(net, scale)
         estimates = torch.stack([estimate(net, optimizer, batch) for batch in data])
         torch.testing.assert_close(estimates.mean(0), gradient(net, data), rtol=0, atol=1e-12)
@@ -125,7 +125,7 @@ def test_the_estimate_is_unbiased_and_its_variance_falls_with_the_distance_to_th
 def test_state_dict_goes_on_with_the_same_bits_and_gradients_are_left_alone() -> None:
     net, data = network(), batches()
     optimizer = Svrg(net, LOSS, 0.5)
-    optimizer.take_snapshot(data)
+    optimizer.start_epoch(data)
     optimizer.step(*data[0])
     other = network()
     other.load_state_dict(net.state_dict())
@@ -142,17 +142,17 @@ def test_frozen_parameters_stay() -> None:
     net[0].requires_grad_(False)  # type: ignore[index]
     frozen = net[0].weight.clone()  # type: ignore[index]
     optimizer = Svrg(net, LOSS, 0.5)
-    optimizer.take_snapshot(data)
+    optimizer.start_epoch(data)
     optimizer.step(*data[0])
     assert torch.equal(net[0].weight, frozen)  # type: ignore[index]
 
 
 def test_what_is_wrong_is_said() -> None:
     net, data = network(), batches()
-    with pytest.raises(RuntimeError, match="take_snapshot"):
+    with pytest.raises(RuntimeError, match="start_epoch"):
         Svrg(net, LOSS, 0.5).step(*data[0])
     with pytest.raises(ValueError, match="at least one batch"):
-        Svrg(net, LOSS, 0.5).take_snapshot([])
+        Svrg(net, LOSS, 0.5).start_epoch([])
     with pytest.raises(ValueError, match="BatchNorm, '1'"):
         Svrg(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), LOSS, 0.5)
     with pytest.raises(ValueError, match="lr must be a finite number >= 0, got -1"):
@@ -177,12 +177,12 @@ CONFIG = RunConfig(
 
 def test_a_run_takes_a_snapshot_of_the_batches_of_every_epoch() -> None:
     result = train(CONFIG)
-    run = _Run(CONFIG, torch.device("cpu"))
+    run = TrainingRun(CONFIG, torch.device("cpu"))
     optimizer = Svrg(run.task.network, LOSS, 0.3)
     losses = []
     for epoch, lr in enumerate((0.3, 0.15)):
         optimizer.param_groups[0]["lr"] = lr
-        optimizer.take_snapshot(run.task.batches(epoch))
+        optimizer.start_epoch(run.task.batches(epoch))
         losses.append(torch.stack([optimizer.step(x, y) for x, y in run.task.batches(epoch)]).mean().item())
     assert [e["train_loss"] for e in result.epochs] == pytest.approx(losses, rel=1e-5)
     assert losses[1] < losses[0] < 2.5

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import http.server
 import io
 import math
 import os
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from koala_lab import data, paths
 from koala_lab.config import RunConfig
-from koala_lab.data import files
-from koala_lab.data.text import TEXTS, File, Text, encode, pydoc_topics
+from koala_lab.data import DATASETS, File, Text, source
+from koala_lab.data.text import encode, pydoc_topics
 from koala_lab.runs.training import train
 
 LINES = "the cat sat\n\nthe dog ran far\n"
-CHARACTERS = Text(title="made here", unit="character", files=())
-WORDS = Text(title="made here", unit="word", files=())
+CHARACTERS = Text(name="made-here", title="made here", unit="character", files=())
+WORDS = Text(name="made-here", title="made here", unit="word", files=())
 
 
 def encoded(row: Text, *texts: str) -> tuple[list[list[str]], tuple[str, ...]]:
@@ -97,7 +92,7 @@ def test_damage_is_named(raw: bytes, message: str) -> None:
 def test_pydoc_topics_are_the_librarys_paragraphs_each_once(folder: Path) -> None:
     from pydoc_data.topics import topics
 
-    loaded = data.load_text("pydoc-topics")
+    loaded = data.load("pydoc-topics")
     text = "".join(loaded.vocabulary[i] for i in torch.cat([loaded.train, loaded.validation, loaded.test]).tolist())
     have = {p.strip("\n") for topic in topics.values() for p in topic.split("\n\n")} - {""}
     parts = text.replace("<unk>", "?").split("\n\n")
@@ -119,7 +114,7 @@ def test_topics_are_read_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("source", [b"topics = {}", b"x = 1", b"topics = open('x')", b"topics = {"])
 def test_another_python_module_is_refused(source: bytes) -> None:
-    row = dataclasses.replace(TEXTS["pydoc-topics"], files=())
+    row = dataclasses.replace(DATASETS["pydoc-topics"], files=())
     with pytest.raises(data.DataError, match=r"topics\.py cannot be read"):
         encode(row, iter([("topics.py", source)]))
 
@@ -128,21 +123,21 @@ def test_each_version_of_the_help_texts_has_its_own_identity(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = data.identity("pydoc-topics")
-    assert here == data.load_text("pydoc-topics").identity
+    assert here == data.load("pydoc-topics").identity
     other = tmp_path / "topics.py"
     other.write_text("topics = " + repr({"a": "\n\n".join(f"paragraph {i}" for i in range(50))}))
-    monkeypatch.setattr(files, "_shipped", lambda file: other)
+    monkeypatch.setattr(source, "shipped", lambda file: other)
     changed = data.identity("pydoc-topics")
-    assert changed == data.load_text("pydoc-topics").identity != here
-    assert data.load_text("pydoc-topics").tag == "", "no version is less official than another"
-    assert len(data.load_text("pydoc-topics").train) < 1000, "the other file was read"
+    assert changed == data.load("pydoc-topics").identity != here
+    assert data.load("pydoc-topics").tag == "", "no version is less official than another"
+    assert len(data.load("pydoc-topics").train) < 1000, "the other file was read"
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
 def test_train_size_takes_the_beginning_and_leaves_the_rest(folder: Path) -> None:
-    whole, short = data.load_text("pydoc-topics"), data.load_text("pydoc-topics", train_size=1000)
+    whole, short = data.load("pydoc-topics"), data.load("pydoc-topics", train_size=1000)
     assert torch.equal(short.train, whole.train[:1000])
     assert torch.equal(short.test, whole.test)
     assert torch.equal(short.validation, whole.validation)
@@ -151,34 +146,32 @@ def test_train_size_takes_the_beginning_and_leaves_the_rest(folder: Path) -> Non
     assert whole.train.dtype == torch.int32
     for size in (0, -1, len(whole.train) + 1):
         with pytest.raises(ValueError, match=rf"train_size must be between 1 and {len(whole.train)}.*{size}"):
-            data.load_text("pydoc-topics", train_size=size)
+            data.load("pydoc-topics", train_size=size)
 
 
 def test_texts_and_images_are_not_mixed_up(folder: Path) -> None:
-    with pytest.raises(ValueError, match="pydoc-topics is a text; load it with load_text"):
-        data.load("pydoc-topics")
-    with pytest.raises(ValueError, match="digits holds images; load it with load"):
-        data.load_text("digits")
     with pytest.raises(ValueError, match=r"'shakespeare'.*did you mean 'tinyshakespeare'"):
-        data.load_text("shakespeare")
-    assert not set(data.TEXTS) & set(data.DATASETS)
+        data.load("shakespeare")
+    for task, other in (("classification", "pydoc-topics"), ("language_model", "digits"), ("gan", "imagenet")):
+        with pytest.raises(ValueError, match=f"dataset '{other}' is unknown; known are .* of task '{task}'"):
+            RunConfig(task=task, dataset=other, model="resnet8", optimizer="sgd", epochs=1)
 
 
 def write(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, **contents: str) -> None:
     """Make files of a text, and their checksums the published ones."""
     published = []
-    for file in TEXTS[name].files:
+    for file in DATASETS[name].files:
         raw = contents[file.name.split(".")[0]].encode()
         (folder / file.name).write_bytes(raw)
         published.append(dataclasses.replace(file, digest=f"sha256:{hashlib.sha256(raw).hexdigest()}"))
-    monkeypatch.setitem(TEXTS, name, dataclasses.replace(TEXTS[name], files=tuple(published)))
+    monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], files=tuple(published)))
 
 
 def test_wikitext2_trained_on_its_validation_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "wikitext-2").mkdir()
     words = dict(valid=" = Title = \n" + "the cat <unk>\n" * 60, test="the dog sat\n" * 20)
     write(folder / "wikitext-2", monkeypatch, "wikitext-2-valid", **words)
-    loaded = data.load_text("wikitext-2-valid")
+    loaded = data.load("wikitext-2-valid")
     assert "validation text" in loaded.title
     assert loaded.vocabulary == ("<eos>", "<unk>", "cat", "the")  # "=" and "Title" occur less than ten times
     assert [loaded.vocabulary[i] for i in loaded.test[:4]] == ["the", "<unk>", "<unk>", "<eos>"]
@@ -188,14 +181,14 @@ def test_wikitext2_trained_on_its_validation_text(folder: Path, monkeypatch: pyt
 
 def test_a_changed_file_is_refused_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder, monkeypatch, "tinyshakespeare", tinyshakespeare="To be, or not to be. " * 20)
-    published = data.load_text("tinyshakespeare").identity
+    published = data.load("tinyshakespeare").identity
     file = folder / "tinyshakespeare.txt"
     file.write_bytes(file.read_bytes().replace(b"not", b"now", 1))
     with pytest.raises(data.DataError) as caught:
-        data.load_text("tinyshakespeare")
+        data.load("tinyshakespeare")
     for part in (str(file), "is not the published file", "--allow-unverified-data"):
         assert part in str(caught.value)
-    allowed = data.load_text("tinyshakespeare", allow_unverified=True)
+    allowed = data.load("tinyshakespeare", allow_unverified=True)
     assert allowed.tag.startswith("unverified: content ")
     assert allowed.identity == data.identity("tinyshakespeare", allow_unverified=True) != published
 
@@ -211,15 +204,15 @@ def test_a_changed_file_is_refused_and_says_so(folder: Path, monkeypatch: pytest
 )
 def test_missing_texts_say_what_to_do(folder: Path, name: str, file: str) -> None:
     with pytest.raises(data.DataError) as caught:
-        data.load_text(name)
-    for part in (TEXTS[name].title, str(folder), file, "KOALA_DATA", f"koala data {name}"):
+        data.load(name)
+    for part in (DATASETS[name].title, str(folder), file, "KOALA_DATA", f"koala data {name}"):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 # --- One Billion Words ------------------------------------------------------------------------------------------------
 
-BILLION = TEXTS["one-billion-words"]
+BILLION = DATASETS["one-billion-words"]
 SHARDS = {f"training/news.en-{i:05}-of-00100": f"shard number{i} . \n" + "the cat sat . \n" * 8 for i in range(1, 100)}
 SHARDS["training/news.en-00007-of-00100"] += "rare rare\n\nthrice thrice thrice dogs\u2028dogs\n  \n"
 HELD_OUT = {f"heldout/news.en.heldout-{i:05}-of-00050": f"held cat {i} .\n" * 8 for i in range(3)}
@@ -243,14 +236,14 @@ def write_billion(folder: Path, monkeypatch: pytest.MonkeyPatch, members: dict[s
 def publish_billion(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     row = dataclasses.replace(BILLION, archive=File(path.name, digest, url=f"https://example.org/{path.name}"))
-    monkeypatch.setitem(TEXTS, "one-billion-words", row)
+    monkeypatch.setitem(DATASETS, "one-billion-words", row)
 
 
 def test_one_billion_words_are_its_shards_in_order_with_both_ends_of_a_sentence(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_billion(folder, monkeypatch)
-    loaded = data.load_text("one-billion-words")
+    loaded = data.load("one-billion-words")
     assert loaded.tag == ""
     assert loaded.identity == data.identity("one-billion-words")
 
@@ -267,7 +260,7 @@ def test_one_billion_words_are_its_shards_in_order_with_both_ends_of_a_sentence(
 def test_the_parts_of_the_held_out_text_are_not_mixed_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = {name: text.replace(" 0 ", " the ").replace(" 1 ", " sat ") for name, text in MEMBERS.items()}
     write_billion(folder, monkeypatch, words)
-    loaded = data.load_text("one-billion-words")
+    loaded = data.load("one-billion-words")
     assert (loaded.vocabulary[loaded.test[3]], loaded.vocabulary[loaded.validation[3]]) == ("the", "sat")
 
 
@@ -275,7 +268,7 @@ def test_words_seen_three_times_are_known_and_numbered_by_frequency(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_billion(folder, monkeypatch)
-    loaded = data.load_text("one-billion-words")
+    loaded = data.load("one-billion-words")
     # 99 * 9 + 2 sentences, 99 * 9 full stops; 99 numbers, two times rare and two dogs are unknown
     assert loaded.vocabulary == ("<bos>", "<eos>", ".", "cat", "sat", "the", "<unk>", "shard", "thrice")
     counts = loaded.train.bincount()
@@ -288,7 +281,7 @@ def test_words_as_rare_as_each_other_do_not_depend_on_the_order_of_the_archive(
     loaded = []
     for members in (MEMBERS, dict(reversed(MEMBERS.items()))):
         write_billion(folder, monkeypatch, members)
-        loaded.append(data.load_text("one-billion-words"))
+        loaded.append(data.load("one-billion-words"))
     assert loaded[0].vocabulary == loaded[1].vocabulary
     assert torch.equal(loaded[0].train, loaded[1].train)
     assert torch.equal(loaded[0].test, loaded[1].test)
@@ -322,7 +315,7 @@ def test_a_damaged_archive_is_named(folder: Path, monkeypatch: pytest.MonkeyPatc
             tar.addfile(entry, io.BytesIO(b"\xff\xfe" * 50))
     publish_billion(path, monkeypatch)  # what a checksum does not find
     with pytest.raises(data.DataError, match=message) as caught:
-        data.load_text("one-billion-words")
+        data.load("one-billion-words")
     assert "\n" not in str(caught.value)
 
 
@@ -330,7 +323,7 @@ def test_an_unpacked_copy_does_not_count(folder: Path) -> None:
     # The files in the archive have no published checksums.
     for file in BILLION.files:
         (folder / file.name).write_text("the cat sat .\n" * 10)
-    assert files.find("one-billion-words") is None
+    assert data.DATASETS["one-billion-words"].find() is None
     published = data.identity("one-billion-words")
     assert data.identity("one-billion-words", allow_unverified=True) == published
 
@@ -338,11 +331,11 @@ def test_an_unpacked_copy_does_not_count(folder: Path) -> None:
 def test_another_archive_has_another_identity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = data.identity("one-billion-words")
     write_billion(folder, monkeypatch)
-    monkeypatch.setitem(TEXTS, "one-billion-words", BILLION)
+    monkeypatch.setitem(DATASETS, "one-billion-words", BILLION)
     assert data.identity("one-billion-words") == published
     with pytest.raises(data.DataError, match="is not the published file of One Billion Words"):
-        data.load_text("one-billion-words")
-    allowed = data.load_text("one-billion-words", allow_unverified=True)
+        data.load("one-billion-words")
+    allowed = data.load("one-billion-words", allow_unverified=True)
     assert allowed.tag.startswith("unverified: content ")
     assert allowed.identity == data.identity("one-billion-words", allow_unverified=True) != published
 
@@ -367,7 +360,7 @@ def test_one_billion_words_train_an_adaptive_softmax(folder: Path, monkeypatch: 
 
 def test_identities_never_change(folder: Path) -> None:
     # They are part of the keys of stored runs; the help texts have the identity of their version of Python.
-    known = {name: data.identity(name)[:12] for name in TEXTS if name != "pydoc-topics"}
+    known = {name: data.identity(name)[:12] for name in data.names(Text) if name != "pydoc-topics"}
     assert known == {
         "tinyshakespeare": "65ffe4a52b0e",
         "wikitext-2": "80575953714c",
@@ -386,25 +379,10 @@ def test_identities_never_change(folder: Path) -> None:
     ],
 )
 def test_sizes_of_the_published_texts(name: str, sizes: tuple[int, ...]) -> None:
-    if files.find(name) is None:
+    if data.DATASETS[name].find() is None:
         pytest.skip(f"no copy of {name} in KOALA_DATA")
-    text = data.load_text(name)
+    text = data.load(name)
     assert (len(text.train), len(text.validation), len(text.test), len(text.vocabulary)) == sizes
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield tmp_path / "served", f"http://127.0.0.1:{running.server_address[1]}"
-        running.shutdown()
 
 
 def test_download_under_another_name(
@@ -418,8 +396,8 @@ def test_download_under_another_name(
     (served / "input.txt").write_bytes(raw)
     digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
     file = File("tinyshakespeare.txt", digest, url=f"{address}/input.txt", download=digest)
-    monkeypatch.setitem(TEXTS, "tinyshakespeare", dataclasses.replace(TEXTS["tinyshakespeare"], files=(file,)))
-    loaded = data.load_text("tinyshakespeare")
+    monkeypatch.setitem(DATASETS, "tinyshakespeare", dataclasses.replace(DATASETS["tinyshakespeare"], files=(file,)))
+    loaded = data.load("tinyshakespeare")
     assert loaded.tag == ""
     assert "".join(loaded.vocabulary[i] for i in loaded.train[:13]) == "First Citizen"
-    assert files.find("tinyshakespeare") == (tmp_path / "raw" / "tinyshakespeare" / "tinyshakespeare.txt",)
+    assert data.DATASETS["tinyshakespeare"].find() == (tmp_path / "raw" / "tinyshakespeare" / "tinyshakespeare.txt",)

@@ -365,15 +365,6 @@ def test_smallest_mean_and_mean_squared_loss_of_the_two_samples() -> None:
     assert float(x[losses.mean(1).argmin()]) == pytest.approx(-0.333, abs=6e-4)
     assert float(x[losses.square().mean(1).argmin()]) == pytest.approx(-0.191, abs=6e-4)
 
-    def small_gain(target: str) -> list[theory.Rest]:
-        grid = [-0.95, -0.5, 0.0, 0.5]
-        return theory.resting_points(
-            lambda at: float(theory.small_gain_drift(*problem.at([at]), target_risk=target)), grid
-        )
-
-    assert [r.x for r in small_gain("absolute")] == pytest.approx([-1 / 3])
-    assert [r.x for r in small_gain("relative")] == pytest.approx([-0.191], abs=6e-4)
-
 
 @pytest.mark.parametrize(
     ("target", "R", "expected"),
@@ -434,8 +425,8 @@ def test_all_gradients_zero_is_refused() -> None:
 
 
 def test_unknown_target_is_refused() -> None:
-    with pytest.raises(ValueError, match="target_risk must be"):
-        theory.small_gain_drift(torch.ones(2), torch.ones(2, 1), target_risk="both")
+    with pytest.raises(ValueError, match="target_risk 'both' is unknown; known are absolute, relative"):
+        theory.mean_drift(torch.ones(2), torch.ones(2, 1), process_noise=0.1, measurement_noise=1.0, target_risk="both")
 
 
 # ---- Theorem 1, full batch -------------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ def test_the_inequalities_behind_the_bound(beta: str) -> None:
             assert linear == pytest.approx(chain, rel=1e-6)
 
 
+def test_an_online_problem_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind 'cubes' is unknown; known are squares, logistic, alternating, absolute"):
+        random_online("cubes", 3)
+
+
 def test_the_run_is_the_algorithm_with_another_average() -> None:
     """With beta = 0 there is no bias to correct, and the optimizer goes the same way."""
     problem = convex("squares", 0)

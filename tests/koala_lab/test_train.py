@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from koala_lab import config, data
 from koala_lab.config import RunConfig
+from koala_lab.runs import provenance
 from koala_lab.runs import training as train
 from koala_lab.runs.training import RunResult
 from koala_lab.tasks import Classification, create
@@ -53,7 +55,7 @@ def test_key_is_canonical() -> None:
 
 
 def test_everything_in_a_config_changes_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.KNOWN, "other", config.KNOWN["classification"])
+    monkeypatch.setitem(config.TASKS, "other", Classification)
     changes = {
         "task": "other",
         "task_args": {"a": 1},
@@ -93,21 +95,21 @@ def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset": "digit"}, "dataset='digit' is unknown; known are .*digits"),
-        ({"model": "vgg"}, "model='vgg'"),
-        ({"task": "sorting"}, "task='sorting' is unknown; known are classification"),
-        ({"wrapper": "sam"}, "wrapper='sam' is unknown; known are lookahead, swa"),
-        ({"optimizer": "koala"}, "optimizer='koala' is unknown; known are .*koala_m"),
-        ({"precision": "fp8"}, "precision='fp8'"),
+        ({"dataset": "digit"}, "dataset 'digit' is unknown; known are .*digits"),
+        ({"model": "vgg"}, "model 'vgg'"),
+        ({"task": "sorting"}, "task 'sorting' is unknown; known are classification"),
+        ({"wrapper": "sam"}, "wrapper 'sam' is unknown; known are lookahead, swa"),
+        ({"optimizer": "koala"}, "optimizer 'koala' is unknown; known are .*koala_m"),
+        ({"precision": "fp8"}, "precision 'fp8'"),
         ({"epochs": 0}, "epochs must be a whole number >= 1, got 0"),
         ({"batch_size": 1.5}, r"batch_size must be a whole number >= 1, got 1\.5"),
         ({"train_size": -1}, "train_size must be"),
         ({"milestones": (3, 1)}, r"milestones must be increasing epochs, got \(3, 1\)"),
-        ({"gamma": 0}, r"gamma must be in \(0, 1\], got 0"),
-        ({"final_lr": -1.0, "milestones": ()}, r"final_lr must be a number >= 0, got -1\.0"),
+        ({"gamma": 0}, r"gamma must be a finite number in \(0, 1\], got 0"),
+        ({"final_lr": -1.0, "milestones": ()}, r"final_lr must be a finite number >= 0, got -1\.0"),
         ({"final_lr": 0.0}, "final_lr asks for a cosine schedule and milestones for steps"),
         ({"warmup_steps": 2.5}, r"warmup_steps must be a whole number >= 0, got 2\.5"),
-        ({"warmup_init_lr": float("nan")}, "warmup_init_lr must be a number >= 0, got nan"),
+        ({"warmup_init_lr": float("nan")}, "warmup_init_lr must be a finite number >= 0, got nan"),
         ({"optimizer": "apollo", "warmup_steps": 5}, "put warmup_steps into optimizer_args"),
     ],
 )
@@ -161,7 +163,7 @@ def test_a_run_learns_and_reports() -> None:
 
 
 def test_metrics_against_a_plain_evaluation() -> None:
-    run = train._Run(QUICK, torch.device("cpu"))
+    run = train.TrainingRun(QUICK, torch.device("cpu"))
     metrics = run.evaluate()
     images = data.load("digits")
     x = (images.test_images.double() / 255 - images.mean.double()) / images.std.double()
@@ -204,7 +206,7 @@ class _Rates:
     """Learning rates of every step of a run."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.run, self.rates = train._Run(config, torch.device("cpu")), []
+        self.run, self.rates = train.TrainingRun(config, torch.device("cpu")), []
         (optimizer,) = self.run.optimizers.values()
         optimizer.register_step_pre_hook(lambda o, *_: self.rates.append(o.param_groups[0]["lr"]))
 
@@ -312,14 +314,14 @@ def test_bits_do_not_depend_on_the_threads_of_the_caller() -> None:
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    run = train._Run(QUICK, torch.device("cpu"))
+    run = train.TrainingRun(QUICK, torch.device("cpu"))
     run.save(tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="is a checkpoint of run"):
         train.train(QUICK.but(seed=5), checkpoint=tmp_path / "checkpoint.pt")
 
 
 def test_a_step_reads_nothing_back_to_the_host() -> None:
-    run = train._Run(QUICK, torch.device("cpu"))
+    run = train.TrainingRun(QUICK, torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():
         for _ in range(3):
@@ -335,12 +337,22 @@ def test_bfloat16_autocast_is_recorded_and_changes_the_numbers() -> None:
 
 
 def test_provenance_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train.paths, "ROOT", tmp_path)
-    train._commit.cache_clear()
+    monkeypatch.setattr(provenance.paths, "ROOT", tmp_path)
+    provenance._commit.cache_clear()
     try:
-        assert train._commit() == ""
+        assert provenance.provenance("cpu")["commit"] == ""
     finally:
-        train._commit.cache_clear()
+        provenance._commit.cache_clear()
+
+
+def test_provenance_names_the_processor_and_the_kernels_that_run_on_it() -> None:
+    here = train.train(QUICK.but(epochs=1)).provenance
+    assert here["device"] == f"cpu ({provenance.device_name('cpu')})"
+    assert here["kernels"] == torch.backends.cpu.get_cpu_capability()
+    assert {"python", "torch", "numpy", "koala-lib"} <= set(here["versions"])
+    script = "from koala_lab.runs.provenance import provenance; print(provenance('cpu')['kernels'])"
+    lowered = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    assert subprocess.check_output([sys.executable, "-c", script], env=lowered, text=True).strip() == "DEFAULT"
 
 
 # ---------------------------------------------------------------- a validation set

@@ -77,6 +77,12 @@ def test_equals_the_reference(lr_and_sigma: tuple[float, float], beta: float) ->
     assert_equals_the_reference(*lr_and_sigma, beta)
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.usefixtures("kept_on_device")
+def test_equals_the_reference_with_scalars_kept_on_the_device(foreach: bool) -> None:
+    assert_equals_the_reference(0.1, 0.2, 0.9, foreach=foreach)
+
+
 def test_fused_equals_the_reference(traced_passes: None) -> None:
     assert_equals_the_reference(0.1, 0.2, 0.9, fused=True)
     # L2 decay, decoupled decay or none, ascent or descent; two passes, each for short and long tensors.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from koala_lib import Apollo, KoalaM, KoalaV
-from koala_lib.optim import koala
-from koala_lib.optim._engine import compiled as _fused
-from koala_lib.optim._engine import lists as _lists
-from koala_lib.optim._engine.lists import buckets, flat, memory_format
+from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim._engine.compiled import CompiledPass
+from koala_lib.optim._engine.lists import flat, memory_format
+from koala_lib.optim._engine.passes import Passes
 from koala_lib.optim.filter import LossFilter
 
-USUAL = _lists.LONG  # the fixtures change it
+USUAL = compiled.MIN_COMPILED  # the fixtures change it
 
 pytestmark = [
     pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"),
@@ -140,7 +141,9 @@ def test_where_torch_compiles_nothing_fused_is_foreach(name: str, tensors: int) 
     """As with TORCH_COMPILE_DISABLE=1, or inside torch's own modes: the passes are called, with full lists."""
     ends = []
     for path in ({"fused": True}, {"foreach": True}):
-        params = [nn.Parameter(torch.linspace(-1, 1, _lists.LONG + i, dtype=torch.float64)) for i in range(tensors)]
+        params = [
+            nn.Parameter(torch.linspace(-1, 1, compiled.MIN_COMPILED + i, dtype=torch.float64)) for i in range(tensors)
+        ]
         optimizer = OPTIMIZERS[name](params, **path)
         with torch.compiler.set_stance("force_eager"):
             for _ in range(3):
@@ -159,10 +162,10 @@ def test_where_torch_compiles_nothing_fused_is_foreach(name: str, tensors: int) 
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_wrong_arguments_say_nothing_of_the_compiler() -> None:
-    params = [torch.ones(_lists.LONG, dtype=torch.float64)]
+    params, velocities = ([torch.ones(compiled.MIN_COMPILED + n, dtype=torch.float64)] for n in (0, 1))
     with pytest.raises(RuntimeError, match="size"):
-        koala._advance(params, [torch.ones(_lists.LONG + 1, dtype=torch.float64)], [], 0.9, 0.0, fused=True)
-    assert _fused.Pass.compiler_works is None
+        passes._advance(params=params, velocities=velocities, averages=[], momentum=0.9, average_rate=None)
+    assert CompiledPass.compiler_works is None
 
 
 @each
@@ -232,22 +235,24 @@ def test_other_layouts_have_no_vector() -> None:
     assert flat(images.to(memory_format=torch.channels_last), torch.contiguous_format) is None
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_long_tensors_are_compiled_by_eight_and_short_ones_treated_together() -> None:
-    long = _lists.LONG
-    params = [torch.empty(size) for size in [5, long, 7, 2 * long, 1, long - 1, 0] + [2 * long] * 8]
-    assert [[len(p) for p in bucket] for bucket in buckets(params, foreach=None, fused=True)] == [
-        [long] + [2 * long] * 7, [2 * long] * 2, [5, 7, 1, long - 1, 0],
+    long = compiled.MIN_COMPILED
+    params = [torch.zeros(size) for size in [5, long, 7, 2 * long, 1, long - 1, 0] + [2 * long] * 8]
+    buckets = Passes(KoalaV(params, fused=True), [], observed=False).buckets
+    assert [([len(p) for p in bucket.params], bucket.compiled) for bucket in buckets] == [
+        ([long] + [2 * long] * 7, True), ([2 * long] * 2, True), ([5, 7, 1, long - 1, 0], False),
     ]  # fmt: skip
 
 
 @pytest.mark.usefixtures("traced_passes")
 def test_what_fills_a_list_changes_nothing() -> None:
     """A tensor ends the same alone in its list and among seven others, with the norms of its own."""
-    sizes, values = torch.arange(_lists.LONG, _lists.LONG + 8), torch.arange(1.0, 9)
+    sizes, values = torch.arange(compiled.MIN_COMPILED, compiled.MIN_COMPILED + 8), torch.arange(1.0, 9)
 
     def norms(count: int) -> Tensor:
         params = [torch.full((int(sizes[i]),), float(values[i]), dtype=torch.float64) for i in range(count)]
-        return koala._observe(params, [2 * p for p in params], 0.5, fused=True)  # type: ignore[no-any-return]
+        return passes._observe(params=params, grads=[2 * p for p in params], weight_decay=0.5)  # type: ignore[no-any-return]
 
     assert norms(1).shape == (3, 1)
     assert torch.equal(norms(1), norms(8)[:, :1])
@@ -257,16 +262,16 @@ def test_what_fills_a_list_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("traced_passes")
 def test_mixed_lists_are_treated_by_foreach() -> None:
-    params = [torch.ones(n, dtype=torch.float64) for n in (5, _lists.LONG)]
-    assert koala._observe(params, params, 0.0, fused=True).shape == (3, 2)
+    params = [torch.ones(n, dtype=torch.float64) for n in (5, compiled.MIN_COMPILED)]
+    assert passes._observe(params=params, grads=params, weight_decay=0.0).shape == (3, 2)
     assert compilations() == 0
 
 
 @each
 def test_the_usual_length_is_compiled(name: str, fresh_compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One short and one long tensor, of float32: the long one by real code, the short one by foreach."""
-    for module in (_lists, _fused):
-        monkeypatch.setattr(module, "LONG", USUAL)
+    for length in ("MIN_COMPILED", "MIN_COMPILED_LIST"):
+        monkeypatch.setattr(compiled, length, USUAL)
     ends = []
     for path in ({"fused": True}, {"foreach": True}):
         params = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (100, USUAL)]
@@ -307,12 +312,24 @@ def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(name: str,
             else:
                 optimizer.step()
 
-        compiled = compile(step)
+        whole = compile(step)
         for x in inputs:
-            compiled(x)
+            whole(x)
         return net.weight.detach()
 
     plain = trained(lambda function: function)
     before = compilations()
     torch.testing.assert_close(trained(torch.compile), plain, rtol=1e-12, atol=1e-12)
     assert compilations() > before
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have one kind of vectors")
+def test_the_processor_is_part_of_what_compiled_code_is_found_by() -> None:
+    """Code on disk that AVX-512 made, taken by a processor with AVX2, would compute wrong numbers."""
+    from torch._inductor import config, cpu_vec_isa
+
+    usual = cpu_vec_isa.pick_vec_isa()
+    assert compiled.VARIANTS["options"].keys() == {"cpp.simdlen"}
+    with config.patch(compiled.VARIANTS["options"]):
+        assert cpu_vec_isa.pick_vec_isa() == usual, "the option is to say what is chosen anyway"
+    assert config.cpp.simdlen is None

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.theory import problems
+from koala_lib.optim import meka
 from koala_lib.optim.meka import Meka, _dot
 from koala_lib.reference.meka import ReferenceMeka
 
@@ -95,6 +96,7 @@ RUNS: list[dict[str, Any]] = [
     )
 ]
 RUNS.append({"step_size": "pi", "prior_variance": 0.02, "max_step_size": 0.3})
+RUNS.append({"step_size": "pi", "prior_variance": 0.02, "third_order": True})  # a model error before the first step
 RUNS.append({"step_size": "pi", "curvature_smoothing": 0.7})
 RUNS.append({"step_size": "quadratic", "direction": "adam", "curvature_smoothing": 0.999, "smoothing": 0.0})
 RUNS.append({"step_size": "quadratic", "max_step_size": 0.07, "smoothing": 0.0, "lr": 0.4})
@@ -175,6 +177,31 @@ def test_the_hessian_of_a_quadratic_is_the_same_before_and_after_the_step() -> N
 def test_an_unknown_minibatch_is_refused() -> None:
     with pytest.raises(ValueError, match="minibatch"):
         MekaPreviousHessian(Net(), squared, minibatch="next")
+
+
+READINGS = list(
+    itertools.product(RULES, ["gradient", "adam"], ["mean", "directional", "sum"], [False, True], [0.0, 0.999])
+)
+
+
+@pytest.mark.parametrize(("step_size", "direction", "variances", "third_order", "smoothing"), READINGS)
+def test_every_reading_follows_its_twin(
+    step_size: str, direction: str, variances: str, third_order: bool, smoothing: float
+) -> None:
+    options: dict[str, Any] = {"step_size": step_size, "direction": direction, "smoothing": smoothing}
+    options |= {"variances": variances, "third_order": third_order, "prior_variance": 0.02, "max_step_size": 0.1}
+    options["lr"] = 0.1
+    net = Net()
+    fast, slow = Meka(net, squared, **options), ReferenceMeka(weights(net), slow_loss, **options)
+    cubic = 0
+    for k in range(20):
+        fast.step(*batch(k))
+        slow.step(list(zip(*batch(k), strict=True)))
+        torch.testing.assert_close(weights(net), slow.theta, rtol=1e-9, atol=1e-11, msg=lambda m, k=k: f"step {k}: {m}")
+        assert fast.filter_state() == pytest.approx(symbols(slow), rel=1e-9, abs=1e-20), f"step {k}"
+        cubic += slow.lam3 > 0
+    assert fast.skipped_steps == 0
+    assert (cubic > 0) == third_order  # the term was there
 
 
 def test_negative_curvature_and_the_cap_happened() -> None:
@@ -437,12 +464,20 @@ def no_host_read() -> Iterator[None]:
 
 @pytest.mark.parametrize("direction", ["gradient", "adam"])
 @pytest.mark.parametrize("rule", RULES)
-def test_no_step_reads_a_tensor_back(rule: str, direction: str) -> None:
-    net = Net()
-    optimizer = Meka(net, squared, step_size=rule, direction=direction)
-    optimizer.step(*batch(0))
-    with no_host_read():
-        optimizer.step(*batch(1))
+def test_no_step_reads_a_tensor_back(rule: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"step_size": rule, "direction": direction, "variances": "directional"}
+    nets = [Net(), Net()]
+    here, elsewhere = (Meka(net, squared, third_order=True, **options) for net in nets)
+    bad = batch(2)[0] * torch.nan, batch(2)[1]
+    for minibatch in (batch(0), bad, batch(1)):
+        here.step(*minibatch)
+    monkeypatch.setattr(meka, "reading_is_free", lambda device: False)  # as on an accelerator
+    for minibatch in (batch(0), bad, batch(1)):
+        with no_host_read():
+            elsewhere.step(*minibatch)
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    assert here.filter_state() == elsewhere.filter_state()
+    optimizer = here
     with pytest.raises(AssertionError, match="read back"), no_host_read():  # the check itself
         float(optimizer.param_groups[0]["filter"][0])
 
@@ -479,6 +514,8 @@ CHANGES: dict[str, Any] = {
     "smoothing": 0.5,
     "max_step_size": 0.5,
     "prior_variance": 1e-2,
+    "variances": "sum",
+    "third_order": True,
     "curvature_smoothing": 0.9,
 }
 

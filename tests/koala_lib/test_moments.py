@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lab import models
-from koala_lib.moments import SampleMoments, _products, _vmap, sample_moments
+from koala_lib.moments import SampleMoments, _calls, _products, _tangents, _vmap, observe, sample_moments
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,6 +57,10 @@ def loop(
 
     loss, gradient = torch.stack(losses), torch.stack(gradients)
     hvp = torch.stack(products) if products else None
+    slope = curvature = None
+    if hvp is not None and direction is not None:
+        along = torch.cat([direction[name].flatten() for name in named])
+        slope, curvature = gradient @ along, hvp @ along
     return SampleMoments(
         loss.mean(),
         loss.var(),
@@ -63,16 +68,27 @@ def loop(
         gradient.var(0).mean(),
         None if hvp is None else split(hvp.mean(0)),
         None if hvp is None else hvp.var(0).mean(),
+        None if slope is None else slope.var(),
+        None if curvature is None else curvature.mean(),
+        None if curvature is None else curvature.var(),
     )
 
 
+SCALARS = ("loss", "loss_variance", "gradient_variance", "hvp_variance", "slope_variance", "curvature")
+SCALARS += ("curvature_variance",)
+
+
 def assert_equal(actual: SampleMoments, expected: SampleMoments, tolerance: float = 1e-9) -> None:
-    for field in ("loss", "loss_variance", "gradient_variance", "hvp_variance"):
+    for field in SCALARS:
         value, reference = getattr(actual, field), getattr(expected, field)
         assert (value is None) == (reference is None), field
         if value is not None:
             assert value.shape == ()
-            torch.testing.assert_close(value.double(), reference.double(), rtol=tolerance, atol=1e-14, msg=field)
+            assert not value.requires_grad
+            # a mean may be small beside what it is the mean of
+            spread = expected.curvature_variance if field == "curvature" else None
+            least = 1e-14 if spread is None else max(1e-14, tolerance * float(spread) ** 0.5)
+            torch.testing.assert_close(value.double(), reference.double(), rtol=tolerance, atol=least, msg=field)
     for field in ("gradient", "hvp"):
         value, reference = getattr(actual, field), getattr(expected, field)
         assert (value is None) == (reference is None), field
@@ -88,6 +104,42 @@ def assert_equal(actual: SampleMoments, expected: SampleMoments, tolerance: floa
 
 def direction_for(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_along(
+    model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tensor, direction: Mapping[str, Tensor]
+) -> None:
+    """A pass along the direction, after moments along another one, beside the loop; in float64 to 1e-10."""
+    expected = loop(model, loss_fn, inputs, targets, direction)
+    assert expected.slope_variance is not None
+    other = {name: torch.randn_like(d) for name, d in direction.items()}
+    for name, d in direction.items():  # rows that torch gives no gradient
+        other[name][d == 0] = 0
+    found = observe(model, loss_fn, inputs, targets, other, "structured").along(direction)
+    slope = sum(float((expected.gradient[name] * d).sum()) for name, d in direction.items())
+    assert float(found.slope) == pytest.approx(slope, rel=1e-10, abs=1e-13)
+    for field in ("slope_variance", "curvature", "curvature_variance"):
+        assert getattr(found, field).dtype == torch.float64
+        torch.testing.assert_close(getattr(found, field), getattr(expected, field), rtol=1e-10, atol=1e-13, msg=field)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How slopes and curvatures were found: by a "pass" of tangents, or from all "moments"."""
+    ways: list[str] = []
+    along = _tangents.Tape.along
+
+    def spy(tape: _tangents.Tape, direction: Mapping[str, Tensor]) -> Any:
+        try:
+            found = along(tape, direction)
+        except _calls.UnknownCallError:
+            ways.append("moments")
+            raise
+        ways.append("pass")
+        return found
+
+    monkeypatch.setattr(_tangents.Tape, "along", spy)
+    return ways
 
 
 @pytest.fixture
@@ -319,6 +371,84 @@ def test_other_parameters_fall_back_and_no_others(name: str, samples: int, falle
     assert set(fallen_back) == left
 
 
+ALL_MOMENTS = {"activations in place", "a weight made of parameters", "samples not in front", "attention"}
+ALL_MOMENTS |= {"as many positions as samples", "as many places as samples", "a table for all samples"}
+
+
+@pytest.mark.parametrize("name", KNOWN | PARTLY)
+def test_a_pass_of_tangents(name: str, passes: list[str]) -> None:
+    create, draw = (KNOWN | PARTLY)[name][:2]
+    model, *arguments = prepared(create, draw, 5)
+    assert_along(model, cubic, *arguments)
+    assert passes == ["moments" if name in ALL_MOMENTS else "pass"]
+
+
+ELEMENTARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tanh": lambda x, w: x.tanh(),
+    "sigmoid": lambda x, w: torch.sigmoid(x),
+    "softmax": lambda x, w: functional.softmax(x, 1),
+    "log_softmax": lambda x, w: x.log_softmax(1),
+    "gelu": lambda x, w: functional.gelu(x),
+    "elu": lambda x, w: functional.elu(x),
+    "selu": lambda x, w: functional.selu(x),
+    "celu": lambda x, w: functional.celu(x),
+    "softplus": lambda x, w: functional.softplus(x),
+    "softsign": lambda x, w: functional.softsign(x),
+    "logsigmoid": lambda x, w: functional.logsigmoid(x),
+    "leaky_relu": lambda x, w: functional.leaky_relu(x),
+    "relu6": lambda x, w: functional.relu6(8 * x),
+    "hardtanh": lambda x, w: functional.hardtanh(x),
+    "relu": lambda x, w: torch.relu(x),
+    "powers": lambda x, w: (x.square() + 1).sqrt() + (x**2 + 1).rsqrt() + (x.square() + 1).reciprocal() ** 3,
+    "exponentials": lambda x, w: x.sin().exp() + (x.square() + 1).log() + x.square().log1p() + x.cos(),
+    "products": lambda x, w: x * w + w / (2 + x.sin()) + 1 / (2 + x.cos()) - (2 - x) * x,
+    "sums": lambda x, w: torch.sub(w, x, alpha=2) + 3 + torch.add(x, w, alpha=-1) + (x.clone().add_(w).sub_(x) - 1),
+    "matrices": lambda x, w: (x[:, :, None] @ x[:, None, :] * w).sum(2) + torch.bmm(x[:, None], x[:, :, None])[:, 0],
+    "shapes": lambda x, w: torch.cat([x.view(-1, 2, 3).transpose(1, 2).flatten(1), -x[:, 1:].mean(1, keepdim=True)], 1),
+    "more shapes": lambda x, w: functional.pad(torch.stack([x, x + w], 1).permute(0, 2, 1).reshape(-1, 12), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTARY)
+def test_elementary_operations_have_their_second_derivatives(name: str, passes: list[str]) -> None:
+    function = ELEMENTARY[name]
+    model = Apply(lambda m, x: m.b(function(m.a(x), m.w).tanh()), a=nn.Linear(4, 6), w=noise(6), b=nn.LazyLinear(3))
+    torch.manual_seed(0)
+    model(torch.randn(2, 4))
+    model, *arguments = prepared(lambda: model, image(4), 5)
+    assert_along(model, cubic, *arguments)
+    assert passes == ["pass"]
+
+
+def test_pooling_over_one_two_and_three_dimensions(passes: list[str]) -> None:
+    for dimensions, pool in ((1, nn.MaxPool1d), (2, nn.MaxPool2d), (3, nn.MaxPool3d)):
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        create = lambda: nn.Sequential(conv(2, 3, 2), pool(2, 1), nn.Tanh(), conv(3, 2, 2))  # noqa: B023, E731
+        model, *arguments = prepared(create, image(2, *[5] * dimensions), 4)
+        assert_along(model, cubic, *arguments)
+    assert passes == ["pass"] * 3
+
+
+def test_a_pass_leaves_out_what_it_cannot_know() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1), nn.Flatten(0)).double()
+    x, y, direction = torch.randn(4, 3).double(), torch.zeros(4).double(), direction_for(model)
+    observation = observe(model, lambda o, t: o - t, x, y)
+    assert observation.moments.hvp is None
+    torch.manual_seed(1)
+    found = observation.along(direction)  # with new noise
+    torch.manual_seed(1)
+    again = sample_moments(model, lambda o, t: o - t, x, y, direction)
+    assert (found.slope_variance, found.curvature) == (again.slope_variance, again.curvature)
+
+
+def test_a_pass_refuses_directions_that_do_not_fit() -> None:
+    model, x = nn.Linear(3, 1), torch.randn(4, 3)
+    along = observe(model, cubic, x, torch.randn(4)).along
+    with pytest.raises(ValueError, match="direction lacks 'bias'"):
+        along({"weight": torch.ones(1, 3)})
+
+
 @pytest.mark.parametrize(
     "name", ["conv2d", "group norm", "embedding", "a layer twice", "attention", "unused parameters"]
 )
@@ -382,12 +512,16 @@ def network(name: str, samples: int, image_size: int, channels: int) -> tuple[nn
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_networks_of_the_paper(name: str, layout: torch.memory_format, fallen_back: list[str]) -> None:
+def test_networks_of_the_paper(
+    name: str, layout: torch.memory_format, fallen_back: list[str], passes: list[str]
+) -> None:
     model, inputs, targets = network(name, 3, SMALL[name][1], SMALL[name][0])
     model, inputs = model.double().to(memory_format=layout), inputs.double().contiguous(memory_format=layout)
     direction = direction_for(model)
     moments = sample_moments(model, cross_entropy, inputs, targets, direction, "structured")
     assert_equal(moments, loop(model, cross_entropy, inputs, targets, direction))
+    assert_along(model, cross_entropy, inputs, targets, direction)
+    assert passes == ["pass"]
     assert not fallen_back
     assert moments.hvp is not None
     for key, p in model.named_parameters():
@@ -457,8 +591,12 @@ def test_nothing_is_left_behind() -> None:
     outputs: list[weakref.ref[Tensor]] = []
     for module in model:
         module.register_forward_hook(lambda m, i, o: outputs.append(weakref.ref(o)))
-    for method in ("structured", "vmap"):
-        sample_moments(model, cubic, inputs, targets, direction, method)
+
+    def pass_along(*arguments: Any) -> None:
+        observe(*arguments).along(direction)
+
+    for run, method in itertools.product((sample_moments, pass_along), ("structured", "vmap")):
+        run(model, cubic, inputs, targets, direction, method)
         assert outputs
         assert not any(o() is not None for o in outputs), "the graph outlives the call"
     assert model.training

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import SGD, Optimizer, lr_scheduler
 
+from koala_lib import Apollo, KoalaM, KoalaV
 from tests.support.cases import (
     FILTERS,
     Case,
@@ -107,6 +108,73 @@ def test_loading_into_another_dtype(case: Case) -> None:
     advance(small, loaded, range(4, STEPS))
     advance(net, optimizer, range(4, STEPS))
     torch.testing.assert_close(weights(small), weights(net), rtol=0, atol=1e-6)
+
+
+def double(*values: Any) -> list[Tensor]:
+    return [torch.tensor(value, dtype=torch.float64) for value in values]
+
+
+OLD_FILTER = {
+    "blocks": "tensor", "foreach": None, "formulas": "paper", "fused": None, "initial_measurement_noise": 1.0,
+    "initial_variance": 0.1, "lr": 1.0, "measurement_noise": None, "min_grad_norm": 1e-9, "noise_decay": 0.9,
+    "params": [0, 1], "predicted": True, "target_risk": "relative",
+}  # fmt: skip
+OLD_APOLLO = {
+    "base_lr": 0.1, "beta": 0.9, "decoupled_weight_decay": False, "eps": 1e-4, "eps_scaling": "released",
+    "foreach": None, "fused": None, "lr": 0.1, "maximize": False, "params": [0, 1], "sigma": 0.2,
+    "warmup_init_lr": None, "warmup_steps": 2, "weight_decay": 0.0,
+}  # fmt: skip
+# What version 0.1.0 saved after three steps (and a prediction): optimizer, its options, the group, filter, the state
+# of both tensors, the weights, and those to which it then came.
+OLD_STATES: list[tuple[Any, ...]] = [
+    (KoalaV, {"weight_decay": 0.02}, OLD_FILTER | {"process_noise": 1.0, "weight_decay": 0.02},
+     [1.50466678960033895, 1.0, 1.61725206699378643, 0.0], {},
+     ([0.6625084405711049, -0.151483849394572], 0.1655949955175549),
+     ([0.18515512473783352, 0.15135320043513786], 0.164477198331613)),
+    (KoalaM, {}, OLD_FILTER | {"initial_covariance": 0.0, "initial_velocity_variance": 0.1, "momentum": 0.9,
+                               "process_noise": None, "velocity_noise": 0.01, "weight_decay": 0.0},
+     [1.0480806456930698, 0.09329158414670242, 0.04711608228182659, 0.52298861275029618, 1.6336701262985418, 0.0],
+     {"average": ([1.76365935152567799, -0.84960140551634056], 0.4280833013663814),
+      "velocity": ([-0.22454638413181077, 0.14289315353842505], -0.06183278211138685)},
+     ([0.482523387900492, -0.03433306502758582], 0.08791208998776054),
+     ([0.09247625414799901, 0.21387874736036427], 0.16683151514369018)),
+    (Apollo, {"lr": 0.1, "sigma": 0.2, "warmup_steps": 2}, OLD_APOLLO, [],
+     {"curvature": ([0.03346494439508181, 0.01355191963106619], 0.02770706315817462),
+      "mean": ([2.36778873780102916, -1.50677465132792765], 0.43050704323655076)},
+     ([0.12681478406001181, 0.19202695559817434], 0.15942086982909304),
+     ([-1.1726848747181957, 1.018981283911579], -0.07685179540330832)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "options", "group", "values", "state", "start", "end"), OLD_STATES)
+def test_a_state_of_version_0_1_goes_on(
+    cls: Any, options: Any, group: Any, values: Any, state: Any, start: Any, end: Any
+) -> None:
+    params = [nn.Parameter(t) for t in double(*start)]
+    optimizer = cls(params, **options)
+    kept: dict[int, Any] = {i: {} for i in range(2)} if state else {}
+    for name, tensors in state.items():
+        for i, t in enumerate(double(*tensors)):
+            kept[i][name] = t
+            if cls is Apollo:
+                kept[i]["step"] = torch.tensor(3.0)
+    if values:
+        group = group | {"filter": double(values)[0]}
+    optimizer.load_state_dict(copy.deepcopy({"param_groups": [group], "state": kept}))
+    for k in range(3 if values else 2):
+        if values:
+            optimizer.predict()
+        for p in params:
+            p.grad = p.detach() * 1.5 - 0.25
+        if values and k == 0:
+            optimizer.step(loss=torch.tensor([0.5, 0.7], dtype=torch.float64))
+        elif values:
+            loss = sum((p.detach() ** 2).sum() for p in params) / 2
+            optimizer.step(loss=loss + torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64))
+        else:
+            optimizer.step()
+    for p, expected in zip(params, double(*end), strict=True):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-13, atol=1e-13)
 
 
 @each_filter

@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from koala_lab import paths
 from koala_lib import KoalaM, KoalaV, Meka
-from koala_lib.optim import apollo, koala
-from koala_lib.optim._engine import compiled as _fused
-from koala_lib.optim._engine import lists as _lists
+from koala_lib.optim import apollo
+from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.cases import CASES, Case, Net, each_case, evaluate, losses_of, weights
 
 STEPS, BATCH, NAN_STEP, SAVED = 7, 7, 4, 5
@@ -185,26 +185,26 @@ def message(function: Any) -> str:
 def fused(case: Case) -> dict[str, Any]:
     """With ``fused=True``, but a compiler that only traces; shards must reach it as plain tensors."""
     case = Case(case.name, case.factory, case.kwargs | {"fused": True})
-    compiled, long, seen = torch.compile, _fused.LONG, []
+    compile, lengths, seen = torch.compile, (compiled.MIN_COMPILED, compiled.MIN_COMPILED_LIST), []
 
     def trace(function: Any, **options: Any) -> Any:
-        def call(*lists: Any) -> Any:
-            seen.extend(type(t) for ts in lists if isinstance(ts, list) for t in ts)
-            return function(*lists)
+        def call(**lists: Any) -> Any:
+            seen.extend(type(t) for ts in lists.values() if isinstance(ts, list) for t in ts)
+            return function(**lists)
 
         return call
 
-    def forget(size: int) -> None:
-        _lists.LONG = _fused.LONG = size
-        for step in (each for module in (koala, apollo) for each in vars(module).values()):
-            if isinstance(step, _fused.Pass):
+    def forget(tensor: int, together: int) -> None:
+        compiled.MIN_COMPILED, compiled.MIN_COMPILED_LIST = tensor, together
+        for step in (each for module in (passes, apollo) for each in vars(module).values()):
+            if isinstance(step, CompiledPass):
                 step._compiled = None
 
     torch.compile = trace
-    forget(2)
+    forget(2, 2)
     result = advance(*build(case, "fsdp"), range(STEPS))
-    torch.compile = compiled
-    forget(long)
+    torch.compile = compile
+    forget(*lengths)
     return result | {"plain": not any(issubclass(kind, DTensor) for kind in seen), "calls": len(seen)}
 
 

@@ -1,8 +1,11 @@
 """Precision, cost and speed paths of the optimizers in `optimizers.CASES`, and that they do optimise."""
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from koala_lib import KoalaM
-from koala_lib.optim._engine.lists import squared_norms
+import koala_lib
+from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
     Case,
@@ -127,6 +131,7 @@ def test_the_guard_sees_reads(read: Callable[[Tensor], Any]) -> None:
 
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @each_case
+@pytest.mark.usefixtures("kept_on_device")
 def test_a_step_reads_nothing_back(case: Case, lr: Any) -> None:
     net = Net()
     optimizer = case(net.parameters(), lr=lr)
@@ -153,6 +158,7 @@ def test_the_guard_sees_transfers(move: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @each_case
+@pytest.mark.usefixtures("kept_on_device")
 def test_a_step_copies_nothing_from_or_to_the_host(case: Case, lr: Any, device: str) -> None:
     params = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((3, 4), ())]
     optimizer = case(params, lr=lr)
@@ -170,6 +176,7 @@ def test_sums_over_shards_copy_nothing_from_the_host() -> None:
 
 
 @each_case
+@pytest.mark.usefixtures("kept_on_device")
 def test_a_step_needs_no_values(case: Case) -> None:
     """It runs on tensors without data, where even tolist() fails."""
     with FakeTensorMode():
@@ -181,6 +188,29 @@ def test_a_step_needs_no_values(case: Case) -> None:
             optimizer.step(lambda: torch.empty(5))
         with pytest.raises(DataDependentOutputException):
             float(params[1].detach())
+
+
+@pytest.mark.parametrize("cls", [KoalaV, KoalaM, Apollo])
+def test_a_step_can_be_read(cls: Any) -> None:
+    """The default step on one tensor passes through few functions in few files."""
+    p = nn.Parameter(torch.ones(1))
+    optimizer = cls([p])
+    root, called = str(Path(koala_lib.__file__).parent), set()
+
+    def see(frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(root):
+            called.add((code.co_filename, code.co_firstlineno, code.co_name))
+
+    for _ in range(2):  # the first one makes the state
+        p.grad = torch.ones(1)
+        called.clear()
+        sys.setprofile(see)
+        optimizer.step(lambda: torch.ones(3))
+        sys.setprofile(None)
+    functions = sorted(each for each in called if not each[-1].startswith("<"))  # comprehensions are a part of theirs
+    assert 3 <= len(functions) <= 20, functions
+    assert len({file for file, *_ in functions}) <= 4, functions
 
 
 @each_case
@@ -284,7 +314,7 @@ def test_squared_norms(dtype: torch.dtype, size: int, layout: str) -> None:
 def test_squared_norms_of_several_tensors_keep_their_order() -> None:
     tensors = [torch.full((n,), float(n)) for n in (3, 0, 2000, 1)]
     assert [float(n) for n in squared_norms(tensors)] == pytest.approx([27.0, 0.0, 8e9, 1.0], rel=1e-6)
-    assert squared_norms([]) == []
+    assert squared_norms([]).shape == (0,)
 
 
 @pytest.mark.parametrize("scale", [1e-16, 5e17])

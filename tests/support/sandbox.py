@@ -9,6 +9,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from koala_lab.notebook.execute import normal_form
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PARAMETERS = """preset: str = "quick"
 device: str = "cpu"
 seed: int = 0
@@ -18,10 +19,7 @@ widths: list[int] = [1, 2]"""
 
 GRID = """from koala_lab.config import RunConfig
 
-grid = [
-    RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1, seed=seed + i)
-    for i in range(n_seeds)
-]"""
+grid = {"sgd": RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": lr}, epochs=1)}"""
 
 
 class Project:
@@ -29,7 +27,9 @@ class Project:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root / "notebooks").mkdir()
+        for part in ("notebooks", "data"):
+            (root / part).mkdir()
+        (root / "data" / "claims").symlink_to(REPOSITORY / "data" / "claims")
 
     def notebook(self, name: str, *cells: str, grid: bool = False) -> Path:
         """A notebook: parameters cell, start cell, perhaps a grid, then the given code; a last line ``# checked``

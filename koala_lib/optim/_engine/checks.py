@@ -60,6 +60,11 @@ def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
             )
 
 
+def options_among(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a param group among a constructor's arguments, which are its ``locals()``."""
+    return {k: v for k, v in arguments.items() if k not in ("self", "params", "process_group", "__class__")}
+
+
 class CheckedOptimizer(torch.optim.Optimizer):
     """Base of all of them: a param group is checked by :meth:`_check_group`, and refused without a trace."""
 

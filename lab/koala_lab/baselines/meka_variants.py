@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from koala_lib import kalman
-from koala_lib.optim._engine.checks import check_choice
-from koala_lib.optim.meka import Meka, _Observed
+from koala_lab.checks import check_known
+from koala_lib.optim.meka import Meka, trusted_value
 
 __all__ = ["MekaPreviousHessian", "MekaWithoutModelError"]
 
@@ -42,11 +41,11 @@ class MekaPreviousHessian(Meka):
         minibatch: str = "previous",
         **options: Any,
     ) -> None:
-        check_choice("minibatch", minibatch, ("previous", "current"))
+        check_known("minibatch", minibatch, ("previous", "current"))
         super().__init__(model, loss_fn, lr, **options)
         self.param_groups[0]["minibatch"] = minibatch
 
-    def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> _Observed:
+    def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> Any:
         options, weights = self.param_groups[0], list(named.values())
         now = self._moments(inputs, targets, named, moves)
         new = inputs.clone(), targets.clone()
@@ -56,17 +55,14 @@ class MekaPreviousHessian(Meka):
         torch._foreach_sub_(weights, moves)
         before = self._moments(x, y, named, moves)
         torch._foreach_copy_(weights, here)
-        return now._replace(products=before.products, product_variance=before.product_variance)
+        return now._replace(
+            products=before.products,
+            product_variance=before.product_variance,
+            curvature_variance=before.curvature_variance,
+        )
 
 
 class MekaWithoutModelError(Meka):
     """MEKA whose function-value filter trusts its prediction: lambda = 0 in place of eq. (22) (appendix B.1)."""
 
-    @staticmethod
-    def _condition_value(value: Tensor, variance: Tensor, observation: Tensor, noise: Tensor) -> kalman.ValueEstimate:
-        gain = kalman.gain(variance, noise)
-        return kalman.ValueEstimate(
-            value=value + gain * (observation - value),
-            variance=kalman.condition_variance(variance, noise),
-            model_error=torch.zeros_like(variance),
-        )
+    _condition_value = staticmethod(trusted_value)

@@ -26,7 +26,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one los
 
 
 def _strict(cls: type[Optimizer], params: Iterable[Tensor], options: dict[str, Any]) -> Optimizer:
-    """An optimizer of ``pytorch_optimizer``, strict about its keywords, which it is not itself."""
+    """Return an optimizer of ``pytorch_optimizer``, strict about its keywords, which it is not itself."""
     known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is not p.VAR_KEYWORD]
     for option in options:
         if option not in known:
@@ -35,7 +35,7 @@ def _strict(cls: type[Optimizer], params: Iterable[Tensor], options: dict[str, A
 
 
 def _extra(name: str) -> Factory:
-    """A class of ``pytorch_optimizer``, imported at its first use."""
+    """Return a class of ``pytorch_optimizer``, imported at its first use."""
 
     def create(params: Iterable[Tensor], **options: Any) -> Optimizer:
         import pytorch_optimizer
@@ -109,7 +109,7 @@ OWN_FORWARD: dict[str, Factory] = {
 
 
 def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options: Any) -> Optimizer:
-    """The optimizer of a module.
+    """Return the optimizer of a module.
 
     Args:
         name: of :data:`OPTIMIZERS` or :data:`OWN_FORWARD`.

@@ -6,13 +6,12 @@ A comparison for APOLLO, written to be read: vectors instead of lists of tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from koala_lib.optim._engine.checks import CheckedOptimizer, check_dense, check_lr, check_number, check_real
+from koala_lab.checks import check_number, check_whole
 
 __all__ = ["SdLBFGS"]
 
@@ -20,8 +19,9 @@ Pair = tuple[Tensor, Tensor]  # s and the damped y
 
 
 def damped_change(s: Tensor, y: Tensor, gamma: float) -> Tensor:
-    r"""The change of the gradient, moved towards :math:`\gamma s` as far as it must for enough curvature (3.2):
-    :math:`s^\top\bar y \ge 0.25\,\gamma\,s^\top s`.
+    r"""Move the change of the gradient towards :math:`\gamma s` as far as it must for enough curvature (3.2).
+
+    Enough is :math:`s^\top\bar y \ge 0.25\,\gamma\,s^\top s`.
 
     Args:
         s: displacement of the weights, not 0.
@@ -34,7 +34,9 @@ def damped_change(s: Tensor, y: Tensor, gamma: float) -> Tensor:
 
 
 def two_loop(gradient: Tensor, pairs: Sequence[Pair], gamma: float) -> Tensor:
-    r"""H times the gradient (Procedure 3.1), where H starts from :math:`I/\gamma` and takes in the pairs, oldest first:
+    r"""Return H times the gradient (Procedure 3.1).
+
+    H starts from :math:`I/\gamma` and takes in the pairs, oldest first:
 
     .. math:: H \leftarrow (I - \rho s\bar y^\top) H (I - \rho\bar y s^\top) + \rho s s^\top, \quad
         \rho = 1 / s^\top\bar y.
@@ -53,7 +55,7 @@ def _vector(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-class SdLBFGS(CheckedOptimizer):
+class SdLBFGS(torch.optim.Optimizer):
     r"""Stochastic damped L-BFGS, Algorithm 3.1, with one inverse Hessian H for all parameters.
 
     .. math::
@@ -70,7 +72,8 @@ class SdLBFGS(CheckedOptimizer):
         delta: the least gamma, > 0; also that of a pair without positive curvature.
 
     Raises:
-        ValueError, TypeError: for an option out of range or of the wrong type, or a second param group.
+        ValueError: For an option out of range, or a second param group.
+        TypeError: For parameters that are not real floating-point numbers.
 
     State, kept with the first parameter: ``displacements`` and ``changes`` (s and the damped y, lists of vectors) and
     ``gamma``. After a step ``p.grad`` is the gradient at the new weights. A pair that is not finite is left out.
@@ -92,27 +95,24 @@ class SdLBFGS(CheckedOptimizer):
         tensor([0.])
     """
 
-    whole_numbers = ("history_size",)
-
-    def __init__(self, params: Any, lr: float | Tensor = 1.0, *, history_size: int = 20, delta: float = 1.0) -> None:
+    def __init__(self, params: Any, lr: float = 1.0, *, history_size: int = 20, delta: float = 1.0) -> None:
+        check_number("lr", lr)
+        check_whole("history_size", history_size, 1)
+        check_number("delta", delta, "> 0")
         super().__init__(params, {"lr": lr, "history_size": history_size, "delta": delta})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the one param group that there may be."""
         if self.param_groups:
             raise ValueError("SdLBFGS keeps one Hessian for all parameters and takes one param group")
         super().add_param_group(param_group)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        check_number("delta", group["delta"], open_low=True)
-        size = group["history_size"]
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"history_size must be a whole number >= 1, got {size!r}")
-        check_real("SdLBFGS", group["params"])
+        for p in self.param_groups[0]["params"]:
+            if not p.is_floating_point():
+                raise TypeError(f"SdLBFGS needs real floating-point parameters, got {p.dtype}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]
-        """One step, for which the closure is called twice: at the weights before and after it.
+        """Make one step, for which the closure is called twice: at the weights before and after it.
 
         Args:
             closure: clears the gradients, computes the loss of one and the same minibatch, calls ``backward`` and
@@ -142,7 +142,7 @@ class SdLBFGS(CheckedOptimizer):
 
     @torch.no_grad()
     def inverse_hessian(self) -> Tensor:
-        """H of the next step as a matrix, ``(n, n)`` for n weights in all: for small problems."""
+        """Return H of the next step as a matrix, ``(n, n)`` for n weights in all: for small problems."""
         first = self.param_groups[0]["params"][0]
         n = sum(p.numel() for p in self.param_groups[0]["params"])
         return torch.stack([self._apply(row) for row in torch.eye(n, dtype=first.dtype, device=first.device)])
@@ -154,8 +154,9 @@ class SdLBFGS(CheckedOptimizer):
 
     @staticmethod
     def _gradient(params: list[Tensor]) -> Tensor:
-        """All gradients as one vector; that of a parameter without one is 0."""
-        check_dense("SdLBFGS", params)
+        """Return all gradients as one vector; that of a parameter without one is 0."""
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
+            raise RuntimeError("SdLBFGS does not support sparse gradients; use dense ones")
         return _vector(torch.zeros_like(p) if p.grad is None else p.grad for p in params)
 
     def _remember(self, s: Tensor, y: Tensor) -> None:

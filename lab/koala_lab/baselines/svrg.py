@@ -6,18 +6,17 @@ A rival of MEKA's Figure 12, not exported: no library that we know of keeps it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from koala_lib.optim._engine.checks import CheckedOptimizer, check_lr
+from koala_lab.checks import check_number
 
 __all__ = ["Svrg"]
 
 
-class Svrg(CheckedOptimizer):
+class Svrg(torch.optim.Optimizer):
     r"""Stochastic variance reduced gradient (Figure 1 of the paper, its option I: the snapshot is the last iterate).
 
     .. math::
@@ -34,21 +33,19 @@ class Svrg(CheckedOptimizer):
         lr: the step size. Schedulers act on it.
 
     Raises:
-        ValueError, TypeError: for an ``lr`` out of range or of the wrong type, or a model with BatchNorm.
+        ValueError: For an ``lr`` out of range or of the wrong type, or a model with BatchNorm.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], lr: float | Tensor) -> None:
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Tensor, Tensor], Tensor], lr: float) -> None:
+        check_number("lr", lr)
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
                 raise ValueError(f"Svrg cannot train a model with BatchNorm, {name!r}: use GroupNorm or LayerNorm")
         self.model, self.loss_fn = model, loss_fn
         super().__init__((p for p in model.parameters() if p.requires_grad), {"lr": lr})
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-
     @torch.no_grad()
-    def take_snapshot(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def start_epoch(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Remember the weights as they are and the gradient of the mean loss there.
 
         Args:
@@ -75,12 +72,12 @@ class Svrg(CheckedOptimizer):
             The mean loss before the step as a 0-dim tensor, still on the device.
 
         Raises:
-            RuntimeError: before the first :meth:`take_snapshot`.
+            RuntimeError: before the first :meth:`start_epoch`.
         """
         named = self._named_parameters()
         states = [self.state[p] for p in named.values()]
         if not all(states):
-            raise RuntimeError("Svrg has no full gradient yet: call take_snapshot(batches) before the first step")
+            raise RuntimeError("Svrg has no full gradient yet: call start_epoch(batches) before the first step")
         loss, here = self._gradients(named, inputs, targets)
         snapshot = {name: state["snapshot"] for name, state in zip(named, states, strict=True)}
         _, there = self._gradients(snapshot, inputs, targets)
@@ -95,7 +92,7 @@ class Svrg(CheckedOptimizer):
     def _gradients(
         self, weights: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean loss of a batch at some weights, and its gradient; ``p.grad`` is left alone."""
+        """Return the mean loss of a batch at some weights, and its gradient; ``p.grad`` is left alone."""
         at = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with torch.enable_grad():
             loss = self.loss_fn(torch.func.functional_call(self.model, at, (inputs,)), targets).mean()

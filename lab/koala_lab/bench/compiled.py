@@ -1,5 +1,4 @@
-"""What the compiled steps cost beside torch's fused AdamW: the goals, the limits that memory sets, size and number of
-tensors, and the time of compiling.
+"""What the compiled steps cost beside torch's fused AdamW: goals, limits of memory, sizes, time of compiling.
 
 A step computes next to nothing with what it reads, so that its time is at least that of moving its numbers through
 memory once: ``MOVED`` of them per parameter, against AdamW's seven. As in :mod:`koala_lab.bench.steps`, whatever is
@@ -12,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from koala_lab.bench.timing import Row, interleave, spread
-from koala_lab.bench.traffic import Factory, step, synthetic
+from koala_lab.bench.traffic import Factory, image_network, step, synthetic, with_gradients
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ OVERHEAD: Final = 3.0  # per cent that a KOALA-M step may add to a whole trainin
 
 
 def goals(rows: Iterable[Row]) -> list[Row]:
-    """What the rows of :func:`koala_lab.bench.steps.measure`, with a model and a number of threads, say of the goals.
+    """Judge the goals by rows of :func:`koala_lab.bench.steps.measure`, with a model and a number of threads.
 
     Returns:
-        One row a goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what the
-        ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio of
-        medians) and ``met``.
+        One row per goal and measurement: ``model``, ``threads``, ``optimizer``, ``base``, ``limit``, ``memory`` (what
+        the ratio would be if the numbers moved at the speed at which fused AdamW moves its own), ``measured`` (a ratio
+        of medians) and ``met``.
     """
     times: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
@@ -90,13 +90,13 @@ def goals(rows: Iterable[Row]) -> list[Row]:
 
 
 def unshared(rows: Iterable[Row]) -> list[Row]:
-    """The part of a step that other threads do not take over: Python between the passes, mostly.
+    """Return the part of a step that other threads do not take over: Python between the passes, mostly.
 
     If all threads together do the rest as much faster as they do AdamW's step, then t_1 = a + b and t_n = a + b / s.
 
     Returns:
-        One row a model and compiled optimizer, none where more threads make AdamW no faster: ``model``, ``optimizer``,
-        and in milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
+        One row per model and compiled optimizer, none where more threads make AdamW no faster: ``model``,
+        ``optimizer``, and in milliseconds ``one_thread`` (t_1), ``all_threads`` (t_n) and ``unshared`` (a).
     """
     times = {(r["model"], r["optimizer"], r["threads"]): r["ms"] for r in rows}
     most = max(threads for _, _, threads in times)
@@ -132,8 +132,8 @@ def flatness(
         device: torch device.
 
     Returns:
-        One row a shape and optimizer: ``parameters``, ``tensors``, ``optimizer``, ``ns`` per parameter and ``ratio`` to
-        torch's fused AdamW, with quartiles.
+        One row per shape and optimizer: ``parameters``, ``tensors``, ``optimizer``, ``ns`` per parameter and ``ratio``
+        to torch's fused AdamW, with quartiles.
     """
     rows = []
     for parameters, tensors in shapes:
@@ -150,36 +150,36 @@ def flatness(
 
 
 def adamw(params: list[Tensor]) -> torch.optim.Optimizer:
-    """What everything is compared with."""
+    """Return what everything is compared with."""
     return torch.optim.AdamW(params, 1e-9, fused=True)
 
 
 def _memory(device: str) -> int:
-    """Bytes that are free."""
+    """Return the bytes that are free."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS tells all of it only
     return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
 
 
-_FIRST_STEP = """
-import sys, time
-from koala_lib import bench, bench_fused, traffic
-params = bench.with_gradients(bench.image_network(sys.argv[1], device=sys.argv[3]).parameters())
-optimizer = bench_fused.FUSED[sys.argv[2]](params)
-start = time.perf_counter()
-traffic.step(optimizer)
-print(time.perf_counter() - start)
-"""
+def first_step(model: str, optimizer: str, device: str) -> float:
+    """Return the seconds of the first step of an optimizer of ``FUSED``, in which its passes are compiled."""
+    job = partial(step, FUSED[optimizer](with_gradients(image_network(model, device=device).parameters())))
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
 
 
 def compile_time(model: str = "resnet18", *, device: str = "cpu") -> list[Row]:
-    """Seconds of an optimizer's first step in a new process: without a cache of compiled code, and with the one that
-    this left (torch keeps it on disk)."""
+    """Time an optimizer's first step, in seconds, in two new processes.
+
+    The first has no cache of compiled code, the second the one that the first left on the disk.
+    """
     rows = []
     for name in ("KOALA-V, compiled", "KOALA-M, compiled", "APOLLO, compiled"):
         with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, "-c", _FIRST_STEP, model, name, device]
+            script = f"from koala_lab.bench import compiled; print(compiled.first_step{(model, name, device)!r})"
+            command = [sys.executable, "-c", script]
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
             seconds = [float(subprocess.check_output(command, env=environment, text=True)) for _ in range(2)]
         rows.append({"model": model, "optimizer": name, "cold_seconds": seconds[0], "warm_seconds": seconds[1]})
@@ -187,7 +187,7 @@ def compile_time(model: str = "resnet18", *, device: str = "cpu") -> list[Row]:
 
 
 def bandwidth(params: list[Tensor], *, device: str = "cpu") -> Row:
-    """Gigabytes a second of copying the weights, the simplest pass there is: a number read, a number written."""
+    """Measure gigabytes per second of copying the weights, the simplest pass: a number read, a number written."""
     weights = [nn.Parameter(p.detach().clone()) for p in params]
     copies = [torch.empty_like(w) for w in weights]
 
@@ -202,7 +202,7 @@ def bandwidth(params: list[Tensor], *, device: str = "cpu") -> Row:
 
 
 def draw(rows: Iterable[Row]) -> Figure:
-    """Times of the steps over AdamW's, one panel a network, and what memory allows."""
+    """Draw the times of the steps over those of AdamW, one panel per network, and what memory allows."""
     import matplotlib.pyplot as plt
     import pandas as pd
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -17,37 +18,68 @@ from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 from koala_lab import models
 from koala_lab.bench.timing import Row, interleave, spread
 from koala_lab.bench.traffic import peak
-from koala_lib.moments import sample_moments
+from koala_lab.checks import check_known
+from koala_lib.moments import observe, sample_moments
 from koala_lib.optim import Meka
 
 NETWORKS: Final[dict[str, tuple[int, int]]] = {"mlp_100": (1, 28), "cnn_3c3d": (3, 32), "resnet32_gn": (3, 32)}
 BATCH_SIZES: Final = (32, 64, 128)
 GRADIENT: Final = "plain gradient"
 TURN: Final = 0.02  # seconds; a gradient of the MLP takes less than one millisecond
-METHODS: Final = (GRADIENT, "batch HVP", "structured", "vmap")
+METHODS: Final = (GRADIENT, "batch HVP", "structured", "along", "vmap")
 
-# Arms of appendix G. The learning rate moves the weights a little: with next to none, products with the displacement
-# would be so small that a processor treats them in its slow way.
-STEPPERS: Final[dict[str, Callable[[nn.Module], torch.optim.Optimizer]]] = {
-    "sgd": lambda network: torch.optim.SGD(network.parameters(), 1e-3, fused=True),
-    "fixed": lambda network: Meka(network, cross_entropy, 1e-3, step_size="constant"),
-    "pi": lambda network: Meka(network, cross_entropy, 1e-3, step_size="pi"),
+# What 128 samples on one thread are to cost at most: all moments and a pass along a direction beside a plain gradient,
+# a step with a self-chosen step size beside one of SGD.
+GOALS: Final[dict[tuple[str, str], float]] = {
+    ("cnn_3c3d", "structured"): 2.9,
+    ("cnn_3c3d", "along"): 1.4,
+    ("cnn_3c3d", "pi"): 4.2,
+    ("mlp_100", "structured"): 4.0,
+    ("mlp_100", "along"): 1.8,
+    ("mlp_100", "pi"): 6.5,
+    ("resnet32_gn", "structured"): 4.0,
+    ("resnet32_gn", "along"): 1.6,
+    ("resnet32_gn", "pi"): 6.5,
 }
+# Moves the weights a little: with next to none, products with the displacement would be so small that a processor
+# treats them in its slow way.
+LR: Final = 1e-3
+
+Step = Callable[[Tensor, Tensor], object]  # one training step on images and labels
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Losses of the samples, (B,)."""
+    """Return the losses of the samples, (B,)."""
     return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
+def _sgd(network: nn.Module) -> Step:
+    optimizer = torch.optim.SGD(network.parameters(), LR, fused=True)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        cross_entropy(network(images), labels).mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+# Arms of appendix G.
+STEPPERS: Final[dict[str, Callable[[nn.Module], Step]]] = {
+    "sgd": _sgd,
+    "fixed": lambda network: Meka(network, cross_entropy, LR, step_size="constant").step,
+    "pi": lambda network: Meka(network, cross_entropy, LR, step_size="pi", variances="directional").step,
+    "pi, means": lambda network: Meka(network, cross_entropy, LR, step_size="pi").step,
+}
+
+
 def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of the MEKA paper for images of its data set's size, a batch of images, and labels from ten classes.
+    """Make a network of the MEKA paper, a batch of images of its data set's size, and labels from ten classes.
 
     Raises:
         ValueError: for a network that is none of the paper's.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
+    check_known("network", name, NETWORKS)
     channels, size = NETWORKS[name]
     network = models.build(name, num_classes=10, in_channels=channels, image_size=size).to(device)
     images = torch.randn(batch_size, channels, size, size, device=device)
@@ -55,7 +87,10 @@ def problem(name: str, batch_size: int, *, device: str = "cpu") -> tuple[nn.Modu
 
 
 def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Callable[[], Any]]:
-    """What :func:`moments` compares, by the names of ``METHODS``, on one direction."""
+    """Return what :func:`moments` compares, by the names of ``METHODS``, on one direction.
+
+    "along" is one pass of tangents after the moments were taken: slope and curvature with their variances.
+    """
     direction = {name: 1e-3 * torch.randn_like(p) for name, p in network.named_parameters()}
     params = list(network.parameters())
 
@@ -69,7 +104,9 @@ def moment_jobs(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     def moments(method: str) -> Callable[[], object]:
         return lambda: sample_moments(network, cross_entropy, images, labels, direction, method=method)
 
-    return dict(zip(METHODS, (gradient, product, moments("structured"), moments("vmap")), strict=True))
+    along = observe(network, cross_entropy, images, labels, direction).along
+    jobs = gradient, product, moments("structured"), lambda: along(direction), moments("vmap")
+    return dict(zip(METHODS, jobs, strict=True))
 
 
 def moments(
@@ -89,7 +126,8 @@ def moments(
 
     Returns:
         One row by ``METHODS``: ``ms`` and ``ratio`` to the plain gradient in the same round, with quartiles; ``peak``,
-        bytes of new tensors alive at once, of which kernels' own buffers are not seen; ``weights``, bytes of those.
+        bytes of new tensors alive at once, of which kernels' own buffers are not seen; ``weights``, bytes of those;
+        ``goal`` for the ratio, where there is one.
     """
     torch.manual_seed(0)
     model, images, labels = problem(network, batch_size, device=device)
@@ -103,12 +141,18 @@ def moments(
         | spread("ms", (1e3 * s for s in t))
         | spread("ratio", (a / b for a, b in zip(t, times[GRADIENT], strict=True)))
         | {"peak": peaks[name]}
+        | goal(network, name, batch_size)
         for name, t in times.items()
     ]
 
 
+def goal(network: str, name: str, batch_size: int) -> Row:
+    """Return the column ``goal`` of a row that has one."""
+    return {"goal": GOALS[network, name]} if batch_size == 128 and (network, name) in GOALS else {}
+
+
 def flops(job: Callable[[], object]) -> int:
-    """Floating-point operations of a job's matrix products and convolutions."""
+    """Return the floating-point operations of a job's matrix products and convolutions."""
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: baddbmm_flop(*shapes)}  # which torch leaves out
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter:
@@ -137,31 +181,17 @@ def steps(
     for repetition in range(repetitions):
         torch.manual_seed(repetition)
         _, images, labels = problem(network, batch_size, device=device)
-        jobs = {}
-        for name, create in STEPPERS.items():
-            model = problem(network, 1, device=device)[0]
-            jobs[name] = step(model, create(model), images, labels)
+        steppers = {name: create(problem(network, 1, device=device)[0]) for name, create in STEPPERS.items()}
+        jobs = {name: partial(step, images, labels) for name, step in steppers.items()}
         times = interleave(jobs, rounds, device=device, seconds=seconds, least=TURN)
         shared = {"network": network, "batch_size": batch_size, "repetition": repetition}
         rows += [
             {**shared, "optimizer": name, "ms": 1e3 * statistics.median(t)}
             | {"ratio": statistics.median(a / b for a, b in zip(t, times["sgd"], strict=True))}
+            | goal(network, name, batch_size)
             for name, t in times.items()
         ]
     return rows
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Callable[[], object]:
-    """A job that trains a network by one step."""
-    if isinstance(optimizer, Meka):
-        return lambda: optimizer.step(images, labels)
-
-    def update() -> None:
-        optimizer.zero_grad()
-        cross_entropy(model(images), labels).mean().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return update
 
 
 def arms(rows: Iterable[Row], network: str) -> dict[str, dict[int, float]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from koala_lab import models, paths
+from koala_lab import paths
 from koala_lab.bench import compiled as bench_fused
 from koala_lab.bench import meka as bench_meka
 from koala_lab.bench.timing import Row, interleave, now, spread
-from koala_lab.bench.traffic import Factory, memory, peak, step, synthetic, with_gradients
+from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, synthetic, with_gradients
 from koala_lab.config import RunConfig
-from koala_lab.runs import write_json
-from koala_lab.runs.training import _Run
+from koala_lab.files import write_json
+from koala_lab.runs.provenance import device_name, versions
+from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
 CONTENDERS: dict[str, Factory] = {
@@ -60,12 +59,6 @@ TRAINED: dict[str, Factory] = {
 }
 
 
-def image_network(name: str, *, device: str = "cpu") -> nn.Module:
-    """A network of the classification runs as they train it, channels last, for 100 classes of 32x32 images."""
-    network = models.build(name, num_classes=100).to(device)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 # ---------------------------------------------------------------- time
 
 
@@ -87,7 +80,7 @@ def measure(
         seconds: Spent on each optimizer, at least three steps.
 
     Returns:
-        One row an optimizer: ``ms`` a step and ``ratio`` to the base in the same round, each with quartiles.
+        One row per optimizer: ``ms`` per step and ``ratio`` to the base in the same round, each with quartiles.
     """
     jobs = {name: partial(step, create(params)) for name, create in contenders.items()}
     times = interleave(jobs, 3, device=device, seconds=seconds * len(jobs))
@@ -127,7 +120,7 @@ def sweep(
 
 
 def exponents(rows: Iterable[Row], optimizer: str, *, smallest: int = LARGE) -> dict[int, float]:
-    """By repetition, the c of ms - overhead ~ parameters^c, fitted to the sizes from ``smallest`` on.
+    """Fit the c of ms - overhead ~ parameters^c, by repetition, to the sizes from ``smallest`` on.
 
     Raises:
         ValueError: with fewer than two such sizes.
@@ -165,7 +158,7 @@ def training_step(
         device: torch device.
 
     Returns:
-        One row an optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
+        One row per optimizer, all with quartiles: ``seconds`` of the whole step; ``optimizer_ms``, its part outside of
         forward and backward; ``whole_percent``, the whole step over the base's in the same round; ``overhead_percent``,
         the optimizer's part less the base's, over the base's whole step, which leaves out the noise of the rest.
     """
@@ -194,7 +187,7 @@ def training_memory(
     """Count the memory of the second of two whole training steps; arguments as in :func:`training_step`.
 
     Returns:
-        One row an optimizer: ``peak``, bytes of new tensors alive at once (activations, gradients, temporary ones; not
+        One row per optimizer: ``peak``, bytes of new tensors alive at once (activations, gradients, temporary ones; not
         what is kept from step to step, nor kernels' own buffers), and ``weights``, bytes of those.
     """
     rows = []
@@ -223,8 +216,10 @@ def training_jobs(
     *,
     device: str = "cpu",
 ) -> dict[str, Callable[[], object]]:
-    """Jobs that train one network by a step of each optimizer; ``gradients`` takes in the seconds of forward and
-    backward."""
+    """Return jobs that train one network by a step of each optimizer.
+
+    ``gradients`` takes in the seconds of forward and backward.
+    """
     torch.manual_seed(0)
     network = image_network(model, device=device)
     images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
@@ -246,8 +241,8 @@ def training_jobs(
 
 
 def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
-    """A training epoch without its evaluation, as a job of :func:`interleave`; every call goes on with the next one."""
-    run = _Run(config, torch.device(device))
+    """Return a function that trains one further epoch per call, without evaluating; a job of :func:`interleave`."""
+    run = TrainingRun(config, torch.device(device))
 
     def job() -> None:
         run.begin_epoch()
@@ -262,31 +257,26 @@ def epoch(config: RunConfig, *, device: str = "cpu") -> Callable[[], None]:
 
 
 def file() -> Path:
-    """The committed results: by kind of device and section, provenance and rows."""
+    """Return the committed results: by kind of device and section, provenance and rows."""
     return paths.results_dir() / "bench.json"
 
 
 def stored(device: str = "cpu") -> dict[str, Any]:
-    """Committed results of a kind of device by section, empty where there are none."""
+    """Return the committed results of a kind of device by section, empty where there are none."""
     content = json.loads(file().read_text()) if file().exists() else {}
     return dict(content.get(device.partition(":")[0], {}))
 
 
 def provenance(device: str) -> Row:
-    """Where and under which load (processes that wanted to run, mean over a minute) something is being measured."""
+    """Return where and under which load (processes that wanted to run, mean over a minute) one measures."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "device": device_name(device),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", listing.read_text()) if listing.exists() else None
-    return name[1] if name else platform.processor() or platform.machine()
 
 
 def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> None:
@@ -359,7 +349,7 @@ def _show(section: str, rows: list[Row]) -> None:
             frame.groupby(["network", "batch_size", "optimizer"], sort=False)[["ms", "ratio"]].median().reset_index()
         )
     if section == "sweep":
-        print("ms a step, median of the repetitions")
+        print("ms per step, median of the repetitions")
         print(frame.pivot_table("ms", "parameters", "optimizer", aggfunc="median", sort=False).round(3).to_string())
         for name in frame["optimizer"].unique():
             print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))
@@ -372,7 +362,7 @@ def _show(section: str, rows: list[Row]) -> None:
         if apart := bench_fused.unshared(rows):
             print("\nms that threads do not share\n" + pd.DataFrame(apart).round(1).to_string(index=False))
         origin = {"notebook": "koala/27_cost", "preset": "desktop", "runs": []}  # which shows the same figure
-        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala_cost_compiled", origin))
+        print(plots.save(bench_fused.draw(rows), paths.figures_dir() / "koala" / "cost_compiled", origin))
     for row in rows if section == "training_step" else ():
         if row["optimizer"] in bench_fused.FUSED:
             over, limit = row["overhead_percent"], bench_fused.OVERHEAD

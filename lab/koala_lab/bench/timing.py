@@ -14,8 +14,11 @@ Row = dict[str, Any]
 
 
 def now(device: str = "cpu") -> float:
-    """A clock in seconds: processor time of this thread if torch uses no other, so that the machine's other work counts
-    little; else elapsed time, with a GPU once it has done all it was given."""
+    """Read a clock, in seconds.
+
+    It is the processor time of this thread if torch uses no other, so that the machine's other work counts little; else
+    elapsed time, with a GPU once it has done all it was given.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     elif torch.get_num_threads() == 1:
@@ -31,7 +34,7 @@ def interleave(
     seconds: float = 0.0,
     least: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of every job in each round; the jobs take turns, and a first round that makes states is left out.
+    """Time jobs in turn: return the seconds of every job in each round, without the first, which makes states.
 
     Args:
         jobs: What to time, by name.
@@ -56,7 +59,7 @@ def interleave(
 
 
 def _second(job: Callable[[], object], device: str) -> float:
-    """Seconds of the second call of a job."""
+    """Return the seconds of the second call of a job."""
     job()
     start = now(device)
     job()
@@ -64,6 +67,6 @@ def _second(job: Callable[[], object], device: str) -> float:
 
 
 def spread(name: str, values: Iterable[float]) -> Row:
-    """Median and quartiles, as columns ``name``, ``name_q1`` and ``name_q3``."""
+    """Return the median and quartiles, as columns ``name``, ``name_q1`` and ``name_q3``."""
     q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
     return {name: median, f"{name}_q1": q1, f"{name}_q3": q3}

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from koala_lab import models
 from koala_lab.bench.timing import Row, now
-from koala_lib.optim import KoalaM, KoalaV
 
 Factory = Callable[[list[Tensor]], Optimizer]
 
@@ -29,7 +29,7 @@ class Traffic(TorchDispatchMode):
             as changed, since a gradient scaler would change them.
 
     Attributes:
-        operations: One row an operation: ``phase``, ``operation``, ``reads`` and ``writes`` in elements, ``ms``
+        operations: One row per operation: ``phase``, ``operation``, ``reads`` and ``writes`` in elements, ``ms``
             (on a GPU only that of starting it).
         phase: A name for the operations that follow.
         peak: Bytes of new tensors that were alive at once.
@@ -77,7 +77,7 @@ class Traffic(TorchDispatchMode):
 
 
 def peak(job: Callable[[], object]) -> int:
-    """Bytes of the tensors that a job makes, as far as they are alive at once."""
+    """Return the bytes of the tensors that a job makes, as far as they are alive at once."""
     with Traffic() as seen:
         job()
     return int(seen.peak)
@@ -92,19 +92,25 @@ def with_gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def synthetic(parameters: int, *, tensors: int = 16, device: str = "cpu") -> list[Tensor]:
-    """A flat model: ``tensors`` vectors with gradients, together of so many elements (rounded down)."""
+    """Return a flat model: ``tensors`` vectors with gradients, together of so many elements (rounded down)."""
     size = parameters // tensors
     return with_gradients(nn.Parameter(torch.full((size,), 0.01, device=device)) for _ in range(tensors))
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
+    """Return the tensors in nested containers."""
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def step(optimizer: Optimizer) -> None:
-    """One step with the gradients that are there; KOALA's losses are 128 ones."""
-    if isinstance(optimizer, KoalaV | KoalaM):
+def image_network(name: str, *, device: str = "cpu") -> nn.Module:
+    """Build a network of the classification runs as they train it, channels last, for 100 classes of 32x32 images."""
+    network = models.build(name, num_classes=100).to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def step(optimizer: Any) -> None:
+    """Take one step with the gradients that are there; the losses of an optimizer that filters them are 128 ones."""
+    if hasattr(optimizer, "predict"):
         optimizer.predict()
         optimizer.step(loss=torch.ones(128, device=optimizer.param_groups[0]["params"][0].device))
     else:
@@ -112,12 +118,12 @@ def step(optimizer: Optimizer) -> None:
 
 
 def traffic(create: Factory, params: list[Tensor]) -> Traffic:
-    """The operations of an optimizer's second step, KOALA's in the phases ``predict`` and ``update``."""
-    optimizer = create(params)
+    """Return the operations of an optimizer's second step, KOALA's in the phases ``predict`` and ``update``."""
+    optimizer: Any = create(params)
     step(optimizer)
     seen = Traffic(constant=[p.grad for p in params if p.grad is not None])
     with seen:
-        if isinstance(optimizer, KoalaV | KoalaM):
+        if hasattr(optimizer, "predict"):
             seen.phase = "predict"
             optimizer.predict()
             seen.phase = "update"
@@ -126,14 +132,14 @@ def traffic(create: Factory, params: list[Tensor]) -> Traffic:
 
 
 def memory(params: list[Tensor], contenders: Mapping[str, Factory]) -> list[Row]:
-    """What an optimizer needs beside weights and gradients.
+    """Return what an optimizer needs beside weights and gradients.
 
     Args:
         params: Parameters with gradients.
         contenders: Optimizers by name.
 
     Returns:
-        One row an optimizer: ``tensors`` (kept for each tensor of weights, of its shape), ``state_bytes`` (all that a
+        One row per optimizer: ``tensors`` (kept for each tensor of weights, of its shape), ``state_bytes`` (all that a
         checkpoint of it holds, scalars included), ``state`` and ``peak``: bytes kept, and bytes of temporary tensors
         alive at once in a step, both over the bytes of the weights.
     """

@@ -1,30 +1,32 @@
-"""The papers' numbers as data, and what measurements say about them."""
+"""The papers' numbers and statements as data, and what measurements say about them.
 
-from koala_lab.claims.judge import (
+``data/claims/<paper>.yaml`` holds one claim per printed number and per checkable statement; the header of
+``koala.yaml`` explains the format and the tests. :func:`judge` compares a claim with measurements,
+:func:`judge_table` all claims of a notebook with its table of runs, :func:`scoreboard` shows what came out.
+"""
+
+from koala_lab.claims.evidence import chosen, circumstances, judge_table
+from koala_lab.claims.judge import NOT_RUN, STATUSES, Verdict, available, combine, find, judge, load, of
+from koala_lab.claims.schema import ANY, Claim, Criterion, read
+from koala_lab.claims.scoreboard import (
     BEGIN,
     END,
-    NOT_RUN,
-    PRESETS,
-    STATUSES,
-    Claim,
-    Criterion,
-    Verdict,
-    available,
-    combine,
-    interval,
-    judge,
-    load,
-    read,
+    counts,
+    differences,
+    lines,
+    read_verdicts,
     replace_block,
     save,
     saved,
     scoreboard,
-    table,
+    write_verdicts,
 )
+from koala_lab.claims.statistics import interval
+from koala_lab.parameters import PRESETS
 
 __all__ = [
-    "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
-    "Claim", "Criterion", "Verdict", "available", "combine", "interval",
-    "judge", "load", "read", "replace_block",
-    "save", "saved", "scoreboard", "table",
+    "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
+    "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
+    "find", "interval", "judge", "judge_table", "lines", "load", "of", "read", "read_verdicts", "replace_block",
+    "save", "saved", "scoreboard", "write_verdicts",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ Numbers = Sequence[float] | np.ndarray[Any, Any]
 
 
 def tolerated_range(values: Numbers, errors: Numbers, *, margin: float) -> float:
-    """Width, in decades, of the values whose error is at most ``margin`` above the smallest one of the grid.
+    """Return the width, in decades, of the values whose error is at most ``margin`` above the smallest one of the grid.
 
     Between two values of the grid the error is interpolated linearly in the logarithm of the value. Several separate
     pieces are added up. The grid's ends bound the result: a range that goes on beyond them is measured too small.
@@ -42,7 +42,7 @@ def tolerated_range(values: Numbers, errors: Numbers, *, margin: float) -> float
 
 
 def expected_best(validation: Numbers, reported: Numbers, trials: int) -> float:
-    """Expected reported error of the best of ``trials`` random values of the grid, best by validation error.
+    """Return the expected reported error of the best of ``trials`` random values of the grid, best by validation error.
 
     The values are drawn with replacement, each with the same probability; among draws with equal validation errors
     chance decides. Closed form after Dodge et al. ("Show Your Work", EMNLP 2019), who report the validation score of
@@ -68,7 +68,7 @@ def expected_best(validation: Numbers, reported: Numbers, trials: int) -> float:
 def measures(
     runs: pd.DataFrame, *, value: str, by: Sequence[str], margin: float, default: float, trials: int = 10
 ) -> pd.DataFrame:
-    """All measures of every grid in a table of runs.
+    """Return all measures of every grid in a table of runs.
 
     Args:
         runs: one row a run, with ``validation_error`` and ``test_error`` (no NaN) and the columns named below.

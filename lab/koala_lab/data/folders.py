@@ -1,4 +1,4 @@
-"""Photographs in folders, one folder a class: too many for memory, so each batch is decoded when its turn comes."""
+"""Photographs in folders, one folder per class: too many for memory, so each batch is decoded when its turn comes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -31,60 +31,6 @@ class RandomArea(NamedTuple):
 
     area: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folders:
-    """A data set that lies as ``NAME/train/CLASS/*.JPEG`` and ``NAME/val/CLASS/*.JPEG`` in a data folder.
-
-    Attributes
-    ----------
-    title
-        Name to print.
-    num_classes
-        Number of classes; they are numbered in the order of their folders' names.
-    counts
-        Official numbers of images, for training and for tests.
-    size, short_side
-        Side of the square crops, and what the shorter side of an image is scaled to before the centre is cut out.
-    mean, std
-        Per channel, of pixels in units of 0 to 1.
-    augmentation
-        What "random crop and flip" means here.
-    source
-        Where a person gets it.
-    """
-
-    title: str
-    num_classes: int
-    counts: tuple[int, int]
-    size: int
-    short_side: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmentation: RandomArea
-    source: str
-    loader: ClassVar[str] = "holds photographs in folders; load it with load"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of what a network sees."""
-        return 3, self.size, self.size
-
-
-FOLDERS: Final[dict[str, Folders]] = {
-    "imagenet": Folders(
-        title="ImageNet (ILSVRC 2012)",
-        num_classes=1000,
-        counts=(1_281_167, 50_000),
-        size=224,
-        short_side=256,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        augmentation=RandomArea(),
-        source="https://image-net.org/download-images (needs an account)",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -134,27 +80,26 @@ def content(root: Path) -> list[str]:
     return [f"{part} {len(images.files)} sha256:{images.digest}" for part, images in found.items()]
 
 
-def difference(row: Folders, root: Path) -> str:
+def difference(root: Path, counts: tuple[int, int], num_classes: int) -> str:
     """Return in what a copy differs from the official numbers of images and classes; empty if in nothing."""
-    for part, count in zip(PARTS, row.counts, strict=True):
+    for part, count in zip(PARTS, counts, strict=True):
         found = listing(root / part)
         classes = len(found.classes[0])
-        if (len(found.files), classes) != (count, row.num_classes):
+        if (len(found.files), classes) != (count, num_classes):
             return (
-                f"{root / part} has {len(found.files)} images in {classes} folders, expected {count} in "
-                f"{row.num_classes}"
+                f"{root / part} has {len(found.files)} images in {classes} folders, expected {count} in {num_classes}"
             )
     return ""
 
 
-def parts(row: Folders, root: Path) -> tuple[Labelled, Labelled, int]:
+def parts(root: Path, size: int, short_side: int) -> tuple[Labelled, Labelled, int]:
     """Return images and labels for training and for tests, and the number of classes."""
     train, test = (listing(root / part) for part in PARTS)
     (classes, labels), (others, test_labels) = train.classes, test.classes
     if classes != others:
         odd = min(set(classes) ^ set(others))
         raise DataError(f"only one of {train.root} and {test.root} has images in a folder {odd}: each class needs both")
-    images, test_images = (Photographs(part.root, part.files, row.size, row.short_side) for part in (train, test))
+    images, test_images = (Photographs(part.root, part.files, size, short_side) for part in (train, test))
     return (images, torch.from_numpy(labels)), (test_images, torch.from_numpy(test_labels)), len(classes)
 
 
@@ -162,12 +107,11 @@ def parts(row: Folders, root: Path) -> tuple[Labelled, Labelled, int]:
 class Photographs:
     """Images on a disk, in the place of a tensor ``(N, 3, size, size)``.
 
-    Attributes
-    ----------
-    root, files
-        Where they lie: a folder, and paths below it as bytes ``(N,)``.
-    size, short_side
-        As in :class:`Folders`.
+    Attributes:
+        root: The folder where they lie.
+        files: Paths below it, as bytes ``(N,)``.
+        size: Side of the square crops, in pixels.
+        short_side: What the shorter side is scaled to before the centre is cut out.
     """
 
     root: Path
@@ -180,6 +124,7 @@ class Photographs:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """Number, channels, height and width of the images."""
         return len(self), 3, self.size, self.size
 
     def __getitem__(self, index: Tensor) -> Photographs:
@@ -195,19 +140,13 @@ class Photographs:
     ) -> Iterator[Tensor]:
         """Yield uint8 ``(B, 3, size, size)`` for each chunk of image numbers, in order, decoded by other processes.
 
-        Parameters
-        ----------
-        chunks
-            Numbers of the images of each batch, on the CPU.
-        random
-            How crops are drawn, and the seed of each image, ``(N,)``; ``None``: the centre.
-        pin_memory
-            Whether the batches go to a GPU.
+        Args:
+            chunks: Numbers of the images of each batch, on the CPU.
+            random: How crops are drawn, and the seed of each image, ``(N,)``; ``None``: the centre.
+            pin_memory: Whether the batches go to a GPU.
 
-        Raises
-        ------
-        DataError
-            If an image cannot be read.
+        Raises:
+            DataError: If an image cannot be read.
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         batches: DataLoader[Tensor | str] = DataLoader(
@@ -229,8 +168,10 @@ Labelled = tuple[Photographs, Tensor]
 
 @dataclass(frozen=True)
 class _Batches(Dataset[Tensor | str]):
-    """Batches by number. One that cannot be read is the sentence that says why: an error of a worker process arrives
-    as its whole traceback."""
+    """Batches by number.
+
+    If a batch cannot be read, its item is the message: exceptions from DataLoader workers arrive as full tracebacks.
+    """
 
     images: Photographs
     chunks: list[Tensor]

@@ -52,7 +52,7 @@ def _labels(labels: Array, count: int, num_classes: int) -> Array:
 
 
 def parse_csv(contents: Contents, shape: Shape, num_classes: int, *, test_size: int, largest: int) -> list[Split]:
-    """Read one image a line: pixels from 0 to ``largest``, then the label.
+    """Read one image per line: pixels from 0 to ``largest``, then the label.
 
     Such a file has no test set of its own: a class-balanced one of ``test_size`` images is taken from it.
     """

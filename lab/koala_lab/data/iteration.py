@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from koala_lab.data.folders import Photographs, RandomArea
-from koala_lab.data.registry import Augmentation
+from koala_lab.data.images import Augmentation
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -46,36 +46,25 @@ def batches(
     needs no transfer and no synchronisation. Photographs have a seed each instead, for the process that decodes them.
     Hence batch k does not depend on ``start``: a resumed epoch goes on with the very batches it would have had.
 
-    Parameters
-    ----------
-    images, labels
-        uint8 ``(N, C, H, W)`` on the device, or photographs; and ``(N,)``, on the device.
-    batch_size
-        Images in a batch.
-    mean, std
-        ``(C,)``, in units of 0 to 1. Their dtype is that of the batches.
-    generator
-        Source of all randomness, see :func:`epoch_generator`. ``None``: in order.
-    augment
-        Crop and flip, see :class:`Augmentation`, of photographs :class:`RandomArea`; needs a generator. ``None``:
-        images as they are, of photographs the centres.
-    drop_last
-        Leave out an incomplete last batch.
-    start
-        Number of batches to skip.
+    Args:
+        images: uint8 ``(N, C, H, W)`` on the device, or photographs.
+        labels: ``(N,)``, on the device.
+        batch_size: Images per batch.
+        mean: ``(C,)``, in units of 0 to 1. Its dtype is that of the batches.
+        std: As ``mean``.
+        generator: Source of all randomness, see :func:`epoch_generator`. ``None``: in order.
+        augment: Crop and flip, see :class:`Augmentation`, of photographs :class:`RandomArea`; needs a generator.
+            ``None``: images as they are, of photographs the centres.
+        drop_last: Leave out an incomplete last batch.
+        start: Number of batches to skip.
 
-    Yields
-    ------
-    tuple
-        Images ``(B, C, H, W)``, ``(pixel / 255 - mean) / std``, and labels ``(B,)``.
+    Returns:
+        An iterator over images ``(B, C, H, W)``, ``(pixel / 255 - mean) / std``, and labels ``(B,)``.
 
-    Raises
-    ------
-    ValueError
-        If there would be no batch, ``start`` is outside the epoch, or ``augment`` comes without a generator or is that
-        of the other kind of images.
-    DataError
-        If a photograph cannot be read.
+    Raises:
+        ValueError: If there would be no batch, ``start`` is outside the epoch, or ``augment`` comes without a generator
+            or is that of the other kind of images.
+        DataError: If a photograph cannot be read.
     """
     count = num_batches(len(images), batch_size, drop_last=drop_last) if batch_size > 0 else 0
     if count == 0:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from koala_lab.data.formats import Array, Contents, DataError, reading
-from koala_lab.data.registry import File
+from koala_lab.data.source import Copy, Data, Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,7 +34,7 @@ NUMBERS_TRAIN, NUMBERS_TEST = 3000, 500
 
 
 def parallel_lines(contents: Contents) -> list[Part]:
-    """Read pairs of plain text files, source and target, a sentence a line.
+    """Read pairs of plain text files, source and target, a sentence per line.
 
     Training pairs with an empty side, which WMT's corpora have, are left out.
     """
@@ -74,46 +74,13 @@ def number_words(contents: Contents) -> list[Part]:
     return [(german[a:b], english[a:b]) for a, b in pairwise(cuts)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """A row of the registry of parallel texts.
-
-    Attributes
-    ----------
-    title
-        Name to print.
-    vocabulary
-        Number of tokens.
-    files
-        Source and target of the training, validation and test part.
-    parse
-        Reads them, in this order.
-    folders
-        Where the files lie below a data folder, beside the folder itself and one with the name of the data set.
-    source
-        Where a person gets what cannot be downloaded as it is.
-    """
-
-    title: str
-    vocabulary: int
-    files: tuple[File, ...]
-    parse: Callable[[Contents], list[Part]] = parallel_lines
-    folders: tuple[str, ...] = ()
-    source: str = ""
-    archive: ClassVar[File | None] = None
-    loader: ClassVar[str] = "holds pairs of sentences; load it with load_pairs"
-
-
 @dataclass(frozen=True)
 class Sentences:
     """Sentences of tokens, one after the other.
 
-    Attributes
-    ----------
-    tokens
-        int32, ``(N,)``, on a device. Each sentence ends with :data:`EOS`.
-    starts
-        int64, ``(sentences + 1,)``: where each begins, and the end of the last.
+    Attributes:
+        tokens: int32, ``(N,)``, on a device. Each sentence ends with :data:`EOS`.
+        starts: int64, ``(sentences + 1,)``: where each begins, and the end of the last.
     """
 
     tokens: Tensor
@@ -128,7 +95,7 @@ class Sentences:
         return np.diff(self.starts)
 
     def padded(self, index: Array) -> Tensor:
-        """Some of the sentences, side by side: int64 ``(len(index), longest)``, filled up with :data:`PAD`.
+        """Return some of the sentences, side by side: int64 ``(len(index), longest)``, filled up with :data:`PAD`.
 
         The width is known on the CPU, so that nothing is read back from the device.
         """
@@ -140,13 +107,78 @@ class Sentences:
         return tokens.masked_fill_(torch.from_numpy(missing).to(tokens.device), PAD)
 
     def first(self, count: int | None) -> Sentences:
-        """The sentences from the beginning on; ``None``: all."""
+        """Return the sentences from the beginning on; ``None``: all."""
         starts = self.starts if count is None else self.starts[: count + 1]
         return Sentences(self.tokens[: starts[-1]], starts)
 
     def to(self, device: torch.device | str) -> Sentences:
-        """The same on a device."""
+        """Return the same on a device."""
         return Sentences(self.tokens.to(device), self.starts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairData(Data):
+    """Pairs of sentences on a device.
+
+    Attributes:
+        train: Source and target sentences.
+        validation: As ``train``.
+        test: As ``train``.
+        test_lines: Source and target of the test part as text.
+        tokenizer: From text to tokens and back.
+    """
+
+    train: tuple[Sentences, Sentences]
+    validation: tuple[Sentences, Sentences]
+    test: tuple[Sentences, Sentences]
+    test_lines: Part
+    tokenizer: Tokenizer
+
+    @property
+    def size(self) -> int:
+        """Number of training pairs."""
+        return len(self.train[0])
+
+    def first(self, train_size: int) -> Self:
+        """Return the same with the beginning of the training part."""
+        source, target = self.train
+        return replace(self, train=(source.first(train_size), target.first(train_size)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on a device."""
+        train, validation, test = (
+            (source.to(device), target.to(device)) for source, target in (self.train, self.validation, self.test)
+        )
+        return replace(self, train=train, validation=validation, test=test)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Source):
+    """A row of parallel text: source and target of the training, validation and test part, in this order.
+
+    Attributes:
+        vocabulary: Number of tokens.
+        parse: Reads the files, in their order.
+    """
+
+    vocabulary: int
+    parse: Callable[[Contents], list[Part]] = parallel_lines
+
+    def read(self, copy: Copy) -> PairData:
+        """Read the lines, learn the vocabulary and write all sentences in tokens."""
+        parts = self.parse(self.contents(copy))
+        tokenizer = learn(self, parts[0])
+        train, validation, test = (
+            (tokenized(tokenizer, source), tokenized(tokenizer, target)) for source, target in parts
+        )
+        return PairData(
+            train=train,
+            validation=validation,
+            test=test,
+            test_lines=parts[-1],
+            tokenizer=tokenizer,
+            **self.origin(copy),
+        )
 
 
 def learn(row: Pairs, train: Part) -> Tokenizer:
@@ -184,59 +216,3 @@ def tokenized(tokenizer: Tokenizer, lines: Sequence[str]) -> Sentences:
         pieces += [np.array([*encoding.ids, EOS], np.int32) for encoding in encodings]
     starts = np.cumsum([0, *map(len, pieces)])
     return Sentences(torch.from_numpy(np.concatenate(pieces)), starts)
-
-
-# Checksums. Multi30k (Elliott et al., 2016; task 1, raw): MD5 of the compressed files as torchtext listed them; the
-# SHA-256 of the content is that of files with this MD5. WMT14 has no canonical plain-text form, so its checksums, like
-# those of num2words' sources, are taken of what is there, and are part of the key of a run.
-_MULTI30K = {
-    "train.en": (
-        "0065d13af80720a55ca8153d126e6627",
-        "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
-    ),
-    "train.de": (
-        "81ff90b99829c0cd4b1b587d394afd39",
-        "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
-    ),
-    "val.en": (
-        "2b69aa9253948ac9f67e94917272dd40",
-        "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
-    ),
-    "val.de": (
-        "6e0e229eb049e3fc99a1ef02fb2d5f91",
-        "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
-    ),
-    "test_2016_flickr.en": (
-        "ff2c0fcb4893a13bd73414306bc250ae",
-        "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
-    ),
-    "test_2016_flickr.de": (
-        "efd67d314d98489b716b145475101932",
-        "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
-    ),
-}
-_ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
-_SIDES = [f"{part}.{side}" for part in ("train", "newstest2013", "newstest2014") for side in ("en", "de")]
-
-PAIRS: Final[dict[str, Pairs]] = {
-    "numbers": Pairs(
-        title="numbers in words, German to English",  # the other way each would be one word, and BLEU counts four
-        vocabulary=320,
-        files=tuple(File(f"{name}.py", "", package="num2words") for name in ("base", "lang_EU", "lang_DE", "lang_EN")),
-        parse=number_words,
-    ),
-    "multi30k": Pairs(
-        title="Multi30k, English to German",
-        vocabulary=2000,
-        files=tuple(
-            File(name, f"sha256:{content}", url=f"{_ADDRESS}{name}.gz", download=f"md5:{compressed}")
-            for name, (compressed, content) in _MULTI30K.items()
-        ),
-    ),
-    "wmt14-en-de": Pairs(
-        title="WMT14, English to German",
-        vocabulary=32_768,
-        files=tuple(File(name, "") for name in _SIDES),
-        source="https://www.statmt.org/wmt14/translation-task.html (as plain text, a sentence a line, not tokenized)",
-    ),
-}

@@ -1,85 +1,16 @@
-"""What the data sets are: their files, published checksums, statistics and augmentation."""
+"""What the data sets are: their files, published checksums, sizes, statistics and augmentation, in one table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Final, NamedTuple
+from typing import Final
 
-from koala_lab.data.formats import Parser, parse_cifar, parse_csv, parse_csv_then_idx, parse_idx, parse_npz
-
-
-class Augmentation(NamedTuple):
-    """Random crop after ``pad`` black pixels on each side; with ``flip``, mirrored left to right half of the time."""
-
-    pad: int
-    flip: bool
-
-
-@dataclass(frozen=True)
-class File:
-    """A file and its published checksum.
-
-    Attributes
-    ----------
-    name
-        File name. A file that is not an archive may also lie there as ``name`` + ``.gz``.
-    digest
-        ``"sha256:…"`` or ``"md5:…"`` of an archive, or of the uncompressed content of any other file, so that a
-        recompressed copy counts as the same data.
-    package
-        Python package that ships the file; ``name`` is then relative to it.
-    url, download
-        Address, and checksum of what comes from there.
-    """
-
-    name: str
-    digest: str
-    package: str = ""
-    url: str = ""
-    download: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A row of the registry.
-
-    Attributes
-    ----------
-    title
-        Name to print.
-    shape
-        Channels, height, width.
-    num_classes
-        Number of classes.
-    mean, std
-        Per channel, of pixels in units of 0 to 1.
-    augmentation
-        What "random crop and flip" means here.
-    files
-        The content files, training set first.
-    parse
-        Reads them, in this order.
-    archive
-        A tar archive that holds all of them.
-    folders
-        Where they lie below a data folder, beside the folder itself and one with the data set's name.
-    source
-        Where a person gets what cannot be downloaded without registering.
-    """
-
-    title: str
-    shape: tuple[int, int, int]
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmentation: Augmentation
-    files: tuple[File, ...]
-    parse: Parser
-    archive: File | None = None
-    folders: tuple[str, ...] = ()
-    source: str = ""
-    loader: ClassVar[str] = "holds images; load it with load"
+from koala_lab.data.folders import RandomArea
+from koala_lab.data.formats import parse_cifar, parse_csv, parse_csv_then_idx, parse_idx, parse_npz
+from koala_lab.data.images import Augmentation, Folders, Images
+from koala_lab.data.pairs import Pairs, number_words
+from koala_lab.data.source import File, Source
+from koala_lab.data.text import Text, pydoc_topics
 
 
 def _archive(name: str, md5: str) -> File:
@@ -189,18 +120,82 @@ _IMAGENET32 = {
 }
 
 _digit28 = partial(
-    Dataset,
+    Images,
     shape=(1, 28, 28),
     num_classes=10,
     mean=(0.1307,),
     std=(0.3081,),
     augmentation=Augmentation(pad=4, flip=False),
 )
-_natural32 = partial(Dataset, shape=(3, 32, 32), augmentation=Augmentation(pad=4, flip=True))
+_natural32 = partial(Images, shape=(3, 32, 32), augmentation=Augmentation(pad=4, flip=True))
 
-DATASETS: Final[dict[str, Dataset]] = {
-    "digits": Dataset(
+# Checksums: of tinyshakespeare and of WikiText-2's three files as a number of public projects list them; our copies of
+# tinyshakespeare, valid.txt and test.txt have them. topics.py differs between versions of Python: it is whatever this
+# Python has, and the checksum of its content is part of the key of a run. One Billion Words: SHA-256 of the archive as
+# tensorflow_datasets and several other projects list it; we could not compare it with a copy.
+_TOPICS = File("topics.py", "", package="pydoc_data")
+
+
+def _from(address: str, digests: dict[str, tuple[str, str]]) -> tuple[File, ...]:
+    return tuple(
+        File(name, f"sha256:{digest}", url=address + path, download=f"sha256:{digest}")
+        for name, (path, digest) in digests.items()
+    )
+
+
+_SHAKESPEARE = _from(
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+    {"tinyshakespeare.txt": ("input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")},
+)
+_WIKITEXT2 = _from(
+    "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/",
+    {
+        "train.txt": ("train.txt", "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f"),
+        "valid.txt": ("valid.txt", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"),
+        "test.txt": ("test.txt", "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"),
+    },
+)
+
+_BILLION = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
+_BILLION_SHA256 = "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
+
+# Checksums. Multi30k (Elliott et al., 2016; task 1, raw): MD5 of the compressed files as torchtext listed them; the
+# SHA-256 of the content is that of files with this MD5. WMT14 has no canonical plain-text form, so its checksums, like
+# those of num2words' sources, are taken of what is there, and are part of the key of a run.
+_MULTI30K = {
+    "train.en": (
+        "0065d13af80720a55ca8153d126e6627",
+        "460a15fbd157e34a7a9957ee388c1ca247fe47af3ef25fb50442af6c274e0fc6",
+    ),
+    "train.de": (
+        "81ff90b99829c0cd4b1b587d394afd39",
+        "2c2b73fd2b548fbcde3a875e0a78d6ee94d498bfdee6bd3eae3945779e9ddf72",
+    ),
+    "val.en": (
+        "2b69aa9253948ac9f67e94917272dd40",
+        "1f2a23d992769b5b3d209b0a10dd0b77c08cceb1f20dfb97ed0aafa49d107227",
+    ),
+    "val.de": (
+        "6e0e229eb049e3fc99a1ef02fb2d5f91",
+        "660e09eb7e1da2f856ea13ee5ad3cf6d36b3d5b0b733c857e94c5747a3dfc660",
+    ),
+    "test_2016_flickr.en": (
+        "ff2c0fcb4893a13bd73414306bc250ae",
+        "399a4382932c1aadd3ceb9bef1008d388a64c76d4ae4e9d4728c6f4301cac182",
+    ),
+    "test_2016_flickr.de": (
+        "efd67d314d98489b716b145475101932",
+        "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
+    ),
+}
+_ADDRESS = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
+_SIDES = [f"{part}.{side}" for part in ("train", "newstest2013", "newstest2014") for side in ("en", "de")]
+
+_ROWS: Final[tuple[Source, ...]] = (
+    Images(
+        name="digits",
         title="scikit-learn digits",
+        samples=1_297,
         shape=(1, 8, 8),
         num_classes=10,
         mean=(0.3053,),
@@ -209,33 +204,43 @@ DATASETS: Final[dict[str, Dataset]] = {
         files=(_DIGITS,),
         parse=partial(parse_csv, test_size=500, largest=16),
     ),
-    "mnist5k": _digit28(
+    _digit28(
+        name="mnist5k",
         title="MNIST-5k",
+        samples=4_000,
         files=(_MNIST5K,),
         parse=partial(parse_csv, test_size=1000, largest=255),
     ),
-    "mnist5k-t10k": _digit28(
+    _digit28(
+        name="mnist5k-t10k",
         title="MNIST-5k, tested on the official 10 000",
+        samples=5_000,
         files=(_MNIST5K, *_MNIST_TEST),
         parse=parse_csv_then_idx,
         folders=("mnist", "MNIST/raw"),
     ),
-    "mnist": _digit28(
+    _digit28(
+        name="mnist",
         title="MNIST",
+        samples=60_000,
         files=(*_MNIST_TRAIN, *_MNIST_TEST),
         parse=parse_idx,
         folders=("mnist", "MNIST/raw"),
     ),
-    "fashion-mnist": _digit28(
+    _digit28(
+        name="fashion-mnist",
         title="Fashion-MNIST",
+        samples=60_000,
         mean=(0.2860,),
         std=(0.3530,),
         files=_FASHION,
         parse=parse_idx,
         folders=("FashionMNIST/raw",),
     ),
-    "cifar10": _natural32(
+    _natural32(
+        name="cifar10",
         title="CIFAR-10",
+        samples=50_000,
         num_classes=10,
         mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),  # of both CIFAR sets: released code of KOALA
         std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
@@ -244,8 +249,10 @@ DATASETS: Final[dict[str, Dataset]] = {
         parse=partial(parse_cifar, label_bytes=1),
         folders=("cifar-10-batches-bin",),
     ),
-    "cifar100": _natural32(
+    _natural32(
+        name="cifar100",
         title="CIFAR-100",
+        samples=50_000,
         num_classes=100,
         mean=(129.3 / 255, 124.1 / 255, 112.4 / 255),
         std=(68.2 / 255, 65.4 / 255, 70.4 / 255),
@@ -254,8 +261,10 @@ DATASETS: Final[dict[str, Dataset]] = {
         parse=partial(parse_cifar, label_bytes=2),
         folders=("cifar-100-binary",),
     ),
-    "imagenet32": _natural32(
+    _natural32(
+        name="imagenet32",
         title="ImageNet-32",
+        samples=1_281_167,
         num_classes=1000,
         mean=(0.485, 0.456, 0.406),  # the paper names none: the usual ones of ImageNet
         std=(0.229, 0.224, 0.225),
@@ -264,4 +273,77 @@ DATASETS: Final[dict[str, Dataset]] = {
         folders=("Imagenet32_train_npz", "Imagenet32_val_npz"),
         source="https://image-net.org/download-images (needs an account; the npz files, unpacked)",
     ),
-}
+    Folders(
+        name="imagenet",
+        title="ImageNet (ILSVRC 2012)",
+        samples=1_281_167,
+        num_classes=1000,
+        counts=(1_281_167, 50_000),
+        size=224,
+        short_side=256,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        augmentation=RandomArea(),
+        source="https://image-net.org/download-images (needs an account)",
+    ),
+    Text(name="pydoc-topics", title="Python's help texts", unit="character", files=(_TOPICS,), decode=pydoc_topics),
+    Text(name="tinyshakespeare", title="tiny Shakespeare", samples=1_003_855, unit="character", files=_SHAKESPEARE),
+    Text(name="wikitext-2", title="WikiText-2", samples=2_088_628, unit="word", files=_WIKITEXT2),
+    Text(
+        name="wikitext-2-valid",
+        title="WikiText-2, trained on its validation text",
+        samples=195_881,
+        unit="word",
+        files=_WIKITEXT2[1:],
+        min_count=10,  # ours, for runs on a CPU: 2400 words instead of 13 000
+        folders=("wikitext-2",),
+    ),
+    # Chelba et al., arXiv 1312.3005. Words that occur less than three times are unknown. The first of the fifty parts
+    # of the held-out text is the usual test text; which is for validation nobody says: here the second, as large.
+    Text(
+        name="one-billion-words",
+        title="One Billion Words",
+        samples=829_250_940,  # as published, both ends of a sentence included
+        unit="word",
+        files=(
+            *(File(f"news.en-{i:05}-of-00100", "") for i in range(1, 100)),
+            File("news.en.heldout-00001-of-00050", ""),
+            File("news.en.heldout-00000-of-00050", ""),
+        ),
+        min_count=3,
+        sentences=True,
+        by_frequency=True,
+        archive=File(
+            _BILLION, _BILLION_SHA256, url=f"https://www.statmt.org/lm-benchmark/{_BILLION}", download=_BILLION_SHA256
+        ),
+    ),
+    Pairs(
+        name="numbers",
+        title="numbers in words, German to English",
+        samples=3_000,
+        # the other way each would be one word, and BLEU counts four
+        vocabulary=320,
+        files=tuple(File(f"{name}.py", "", package="num2words") for name in ("base", "lang_EU", "lang_DE", "lang_EN")),
+        parse=number_words,
+    ),
+    Pairs(
+        name="multi30k",
+        title="Multi30k, English to German",
+        samples=29_000,
+        vocabulary=2000,
+        files=tuple(
+            File(name, f"sha256:{content}", url=f"{_ADDRESS}{name}.gz", download=f"md5:{compressed}")
+            for name, (compressed, content) in _MULTI30K.items()
+        ),
+    ),
+    Pairs(
+        name="wmt14-en-de",
+        title="WMT14, English to German",
+        samples=4_500_000,  # about: it depends on the copy
+        vocabulary=32_768,
+        files=tuple(File(name, "") for name in _SIDES),
+        source="https://www.statmt.org/wmt14/translation-task.html (as plain text, a sentence per line, not tokenized)",
+    ),
+)
+
+DATASETS: Final[dict[str, Source]] = {row.name: row for row in _ROWS}

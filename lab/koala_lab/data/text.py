@@ -13,20 +13,22 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Final
+from typing import Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from koala_lab.data.formats import Array, Contents, reading
-from koala_lab.data.registry import File
+from koala_lab.data.source import Copy, Data, Source
 
 UNKNOWN, BEGIN, END_OF_LINE = "<unk>", "<bos>", "<eos>"
 
 
 def pydoc_topics(raw: bytes) -> str:
-    """The help texts in the source of ``pydoc_data.topics``, every paragraph once.
+    """Return the help texts in the source of ``pydoc_data.topics``, every paragraph once.
 
     Long topics quote short ones, and what is both in the training and in the test text would be easy to predict. The
     topics stand in the order of the SHA-256 of their names, so that neighbours of the alphabet are spread.
@@ -51,43 +53,69 @@ def _utf8(raw: bytes) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """A row of the registry of texts.
+class TextData(Data):
+    """A text on a device.
 
-    Attributes
-    ----------
-    title
-        Name to print.
-    unit
-        What a token is: ``"character"``, or ``"word"``: what stands between spaces, and ``<eos>`` at the end of a line.
-    files
-        One or more files, see the head of this module.
-    min_count
-        Words that the training part has less often are ``<unk>``.
-    sentences
-        Whether each line is a sentence by itself: it begins with ``<bos>``, and empty lines are left out.
-    by_frequency
-        Whether tokens are numbered from the most frequent of the training part on, as an adaptive softmax needs it, and
-        equally frequent ones in the order of the alphabet, as all others.
-    archive
-        A tar archive that holds all files; where these have no checksums of their own, only the archive will do.
-    folders
-        Where the files lie below a data folder, beside the folder itself and one with the text's name.
-    decode
-        From the bytes of a file to its text.
+    Attributes:
+        train: Tokens, int32, ``(N,)``, in the order of the text.
+        validation: As ``train``.
+        test: As ``train``.
+        vocabulary: The tokens by number.
+        unit: ``"character"`` or ``"word"``.
     """
 
-    title: str
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    vocabulary: tuple[str, ...]
     unit: str
-    files: tuple[File, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of training tokens."""
+        return len(self.train)
+
+    def first(self, train_size: int) -> Self:
+        """Return the same with the beginning of the training part."""
+        return replace(self, train=self.train[:train_size])
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on a device."""
+        return replace(self, **{part: getattr(self, part).to(device) for part in ("train", "validation", "test")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Source):
+    """A row of text, in one or more files; see the head of this module.
+
+    Attributes:
+        unit: What a token is: ``"character"``, or ``"word"``: what stands between spaces, and ``<eos>`` at the end of a
+            line.
+        min_count: Words that the training part has less often are ``<unk>``.
+        sentences: Whether each line is a sentence by itself: it begins with ``<bos>``, and empty lines are left out.
+        by_frequency: Whether tokens are numbered from the most frequent of the training part on, as an adaptive softmax
+            needs it, and equally frequent ones in the order of the alphabet, as all others.
+        decode: From the bytes of a file to its text.
+    """
+
+    unit: str
     min_count: int = 1
     sentences: bool = False
     by_frequency: bool = False
-    archive: File | None = None
-    folders: tuple[str, ...] = ()
     decode: Callable[[bytes], str] = _utf8
-    source: ClassVar[str] = ""  # texts are files that anybody may download
-    loader: ClassVar[str] = "is a text; load it with load_text"
+
+    def read(self, copy: Copy) -> TextData:
+        """Read, cut and number the tokens."""
+        parts, vocabulary = encode(self, self.contents(copy, in_order=False))
+        train, validation, test = map(torch.from_numpy, parts)
+        return TextData(
+            train=train,
+            validation=validation,
+            test=test,
+            vocabulary=vocabulary,
+            unit=self.unit,
+            **self.origin(copy),
+        )
 
 
 def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]:
@@ -96,19 +124,15 @@ def encode(row: Text, contents: Contents) -> tuple[list[Array], tuple[str, ...]]
     Tokens are numbers as soon as they are read, and it takes 8 bytes for each at most, beside the file that is read.
 
     Args:
-        row: what the text is.
-        contents: its files, in the registry's order; those of an archive in any order.
+        row: What the text is.
+        contents: Its files, in the registry's order; those of an archive in any order.
 
-    Returns
-    -------
-    tuple
+    Returns:
         Training, validation and test part, int32 ``(N,)``; and the vocabulary, sorted, with ``<unk>`` where it is
         needed.
 
-    Raises
-    ------
-    DataError
-        If a file cannot be decoded, or is too short to be cut.
+    Raises:
+        DataError: If a file cannot be decoded, or is too short to be cut.
     """
     first_seen: defaultdict[str, int] = defaultdict(itertools.count().__next__)
     streams: dict[str, Array] = {}
@@ -140,7 +164,7 @@ def _tokens(row: Text, text: str) -> Iterator[str]:
 
 
 def _parts(streams: list[Array]) -> list[list[Array]]:
-    """Training, validation and test part, each in one piece or more."""
+    """Return training, validation and test part, each in one piece or more."""
     if len(streams) > 2:
         return [streams[:-2], streams[-2:-1], streams[-1:]]
     first = streams[0]
@@ -150,7 +174,7 @@ def _parts(streams: list[Array]) -> list[list[Array]]:
 
 
 def _vocabulary(row: Text, counts: dict[str, int]) -> tuple[str, ...]:
-    """The known tokens in their final order, from how often the training part has each token of the whole text."""
+    """Return the known tokens in their final order, from their counts in the training part."""
     known = {token: count for token, count in counts.items() if count >= row.min_count}
     if len(known) < len(counts):
         known[UNKNOWN] = known.get(UNKNOWN, 0) + sum(counts.values()) - sum(known.values())
@@ -163,64 +187,3 @@ def _renumbered(pieces: list[Array], final: Array) -> Array:
         start, end = end, end + len(piece)
         whole[start:end] = final[piece]
     return whole
-
-
-# Checksums: of tinyshakespeare and of WikiText-2's three files as a number of public projects list them; our copies of
-# tinyshakespeare, valid.txt and test.txt have them. topics.py differs between versions of Python: it is whatever this
-# Python has, and the checksum of its content is part of the key of a run. One Billion Words: SHA-256 of the archive as
-# tensorflow_datasets and several other projects list it; we could not compare it with a copy.
-_TOPICS = File("topics.py", "", package="pydoc_data")
-
-
-def _from(address: str, digests: dict[str, tuple[str, str]]) -> tuple[File, ...]:
-    return tuple(
-        File(name, f"sha256:{digest}", url=address + path, download=f"sha256:{digest}")
-        for name, (path, digest) in digests.items()
-    )
-
-
-_SHAKESPEARE = _from(
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
-    {"tinyshakespeare.txt": ("input.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")},
-)
-_WIKITEXT2 = _from(
-    "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/",
-    {
-        "train.txt": ("train.txt", "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f"),
-        "valid.txt": ("valid.txt", "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8"),
-        "test.txt": ("test.txt", "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0"),
-    },
-)
-
-_BILLION = "1-billion-word-language-modeling-benchmark-r13output.tar.gz"
-_BILLION_SHA256 = "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
-
-TEXTS: Final[dict[str, Text]] = {
-    "pydoc-topics": Text(title="Python's help texts", unit="character", files=(_TOPICS,), decode=pydoc_topics),
-    "tinyshakespeare": Text(title="tiny Shakespeare", unit="character", files=_SHAKESPEARE),
-    "wikitext-2": Text(title="WikiText-2", unit="word", files=_WIKITEXT2),
-    "wikitext-2-valid": Text(
-        title="WikiText-2, trained on its validation text",
-        unit="word",
-        files=_WIKITEXT2[1:],
-        min_count=10,  # ours, for runs on a CPU: 2400 words instead of 13 000
-        folders=("wikitext-2",),
-    ),
-    # Chelba et al., arXiv 1312.3005. Words that occur less than three times are unknown. The first of the fifty parts
-    # of the held-out text is the usual test text; which is for validation nobody says: here the second, as large.
-    "one-billion-words": Text(
-        title="One Billion Words",
-        unit="word",
-        files=(
-            *(File(f"news.en-{i:05}-of-00100", "") for i in range(1, 100)),
-            File("news.en.heldout-00001-of-00050", ""),
-            File("news.en.heldout-00000-of-00050", ""),
-        ),
-        min_count=3,
-        sentences=True,
-        by_frequency=True,
-        archive=File(
-            _BILLION, _BILLION_SHA256, url=f"https://www.statmt.org/lm-benchmark/{_BILLION}", download=_BILLION_SHA256
-        ),
-    ),
-}

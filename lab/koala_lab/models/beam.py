@@ -26,23 +26,15 @@ def beam_search(
     the largest ``log p / ((5 + length) / 6) ** length_penalty`` is the result (Wu et al., arXiv 1609.08144, eq. 14,
     without coverage); ``<eos>`` counts in the length. With ``beam=1`` this is greedy search.
 
-    Parameters
-    ----------
-    log_probs
-        Called with beginnings, int64 ``(R, t)``, which all start with ``EOS``, and the number of the source of each,
-        ``(R,)``; returns the log-probability of each next token, ``(R, vocabulary)``.
-    limits
-        For each source, how many tokens its result may have, ``<eos>`` included.
-    beam
-        At least 1.
-    length_penalty
-        0 prefers short sentences, 1 does not.
-    device
-        Where the beginnings live.
+    Args:
+        log_probs: Called with beginnings, int64 ``(R, t)``, which all start with ``EOS``, and the number of the source
+            of each, ``(R,)``; returns the log-probability of each next token, ``(R, vocabulary)``.
+        limits: For each source, how many tokens its result may have, ``<eos>`` included.
+        beam: At least 1.
+        length_penalty: 0 prefers short sentences, 1 does not.
+        device: Where the beginnings live.
 
-    Returns
-    -------
-    list
+    Returns:
         Token numbers for each source, without ``EOS``; none where no sentence has a probability, as with weights that
         are not finite.
     """

@@ -21,32 +21,24 @@ class Dcgan(nn.Module):
     such images to scores ``(B,)``, logits without a sigmoid. The image is halved while its side is even and above 4
     pixels: 8 and 32 end at 4x4, 28 at 7x7. Calling the module generates.
 
-    Parameters
-    ----------
-    channels, size
-        Channels of the images, and their height and width in pixels.
-    width
-        Channels at half the resolution; each further halving doubles them.
-    latent
-        Dimension of the noise.
+    Args:
+        channels, size: Channels of the images, and their height and width in pixels.
+        width: Channels at half the resolution; each further halving doubles them.
+        latent: Dimension of the noise.
 
-    Raises
-    ------
-    ValueError
-        If the images cannot be halved once.
+    Raises:
+        ValueError: If the images cannot be halved once.
 
-    Notes
-    -----
-    As the authors' network for 64x64 pixels, with fewer halvings; kernels are 4x4 instead of 5x5, so that strides
-    divide them and no checkerboard is built in. Weights are drawn from torch's default generator.
+    Notes:
+        As the authors' network for 64x64 pixels, with fewer halvings; kernels are 4x4 instead of 5x5, so that strides
+        divide them and no checkerboard is built in. Weights are drawn from torch's default generator.
 
-    Examples
-    --------
-    >>> import torch
-    >>> gan = Dcgan(channels=1, size=28, width=16, latent=32)
-    >>> images = gan(torch.zeros(2, 32))
-    >>> images.shape, gan.discriminator(images).shape
-    (torch.Size([2, 1, 28, 28]), torch.Size([2]))
+    Examples:
+        >>> import torch
+        >>> gan = Dcgan(channels=1, size=28, width=16, latent=32)
+        >>> images = gan(torch.zeros(2, 32))
+        >>> images.shape, gan.discriminator(images).shape
+        (torch.Size([2, 1, 28, 28]), torch.Size([2]))
     """
 
     def __init__(self, *, channels: int, size: int, width: int, latent: int) -> None:
@@ -63,6 +55,7 @@ class Dcgan(nn.Module):
         self.apply(_initialise)
 
     def forward(self, noise: Tensor) -> Tensor:
+        """Generate images ``(B, channels, size, size)`` in [-1, 1] from noise ``(B, latent)``."""
         images: Tensor = self.generator(noise)
         return images
 

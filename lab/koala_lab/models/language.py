@@ -21,26 +21,18 @@ class LSTM(nn.Module):
     Weights of embedding and output are uniform in ±0.1 and the biases of the output are zero, as in torch's example
     ``word_language_model``; the LSTM has torch's initial weights.
 
-    Parameters
-    ----------
-    vocabulary
-        Number of tokens.
-    embedding, hidden, layers
-        Sizes.
-    dropout
-        Probability; on embeddings, between the layers, and before the output.
-    tied
-        Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
-    cutoffs
-        Where given, the output is an adaptive softmax (Grave et al., ICML 2017), torch's with its initial weights: the
-        first ``cutoffs[0]`` tokens have the full width, those up to the next cut-off a quarter of it, and so on. It is
-        made for tokens numbered from the most frequent on, and is then faster, not better.
+    Args:
+        vocabulary: Number of tokens.
+        embedding, hidden, layers: Sizes.
+        dropout: Probability; on embeddings, between the layers, and before the output.
+        tied: Whether the output uses the embedding's weights (Press & Wolf, EACL 2017); both sizes must be equal then.
+        cutoffs: Where given, the output is an adaptive softmax (Grave et al., ICML 2017), torch's with its initial
+            weights: the first ``cutoffs[0]`` tokens have the full width, those up to the next cut-off a quarter of it,
+            and so on. It is made for tokens numbered from the most frequent on, and is then faster, not better.
 
-    Raises
-    ------
-    ValueError
-        If ``tied`` is asked for with different sizes or with an adaptive softmax, or for cut-offs that do not increase
-        or do not end below ``vocabulary``.
+    Raises:
+        ValueError: If ``tied`` is asked for with different sizes or with an adaptive softmax, or for cut-offs that do
+            not increase or do not end below ``vocabulary``.
     """
 
     output: nn.Linear | nn.AdaptiveLogSoftmaxWithLoss
@@ -77,19 +69,15 @@ class LSTM(nn.Module):
                 self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """Negative log-likelihood of the next tokens.
+        """Return the negative log-likelihood of the next tokens.
 
-        Parameters
-        ----------
-        tokens, targets
-            int64, ``(B, T)``; ``targets[:, t]`` is what comes after ``tokens[:, t]``. Where it is negative, the
-            likelihood is 0.
-        state
-            What the same rows of the window before left behind.
+        Args:
+            tokens: int64, ``(B, T)``.
+            targets: int64, ``(B, T)``; ``targets[:, t]`` is what comes after ``tokens[:, t]``. Where it is negative,
+                the likelihood is 0.
+            state: What the same rows of the window before left behind.
 
-        Returns
-        -------
-        tuple
+        Returns:
             Nats per token, ``(B, T)``, float32; and the state after the last token, ``(layers, B, hidden)`` twice.
         """
         embedded = self.dropout(self.embedding(tokens))
@@ -139,23 +127,15 @@ class Transformer(nn.Module):
 
     Embeddings are normal with standard deviation 0.02; the layers have torch's initial weights, each its own.
 
-    Parameters
-    ----------
-    vocabulary
-        Number of tokens.
-    context
-        The longest window that it can read.
-    width, heads, layers
-        Sizes; the layers between attention are four times as wide.
-    dropout
-        Probability; on embeddings and in the layers.
-    tied
-        Whether the output uses the embedding's weights.
+    Args:
+        vocabulary: Number of tokens.
+        context: The longest window that it can read.
+        width, heads, layers: Sizes; the layers between attention are four times as wide.
+        dropout: Probability; on embeddings and in the layers.
+        tied: Whether the output uses the embedding's weights.
 
-    Raises
-    ------
-    ValueError
-        If ``width`` is no multiple of ``heads``.
+    Raises:
+        ValueError: If ``width`` is no multiple of ``heads``.
     """
 
     mask: Tensor
@@ -190,12 +170,10 @@ class Transformer(nn.Module):
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context), persistent=False)
 
     def forward(self, tokens: Tensor, targets: Tensor, state: State = ()) -> tuple[Tensor, State]:
-        """As :meth:`LSTM.forward`, without a state: nothing is remembered between windows.
+        """Do as :meth:`LSTM.forward`, without a state: nothing is remembered between windows.
 
-        Raises
-        ------
-        ValueError
-            If the window is longer than ``context``.
+        Raises:
+            ValueError: If the window is longer than ``context``.
         """
         length, context = tokens.shape[1], self.positions.num_embeddings
         if length > context:

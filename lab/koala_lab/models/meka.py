@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 def mlp(*, num_classes: int, in_channels: int, image_size: int, hidden: int = 100) -> nn.Sequential:
-    """Multi-layer perceptron with one hidden layer, for MNIST 79 510 parameters; torch's initial weights."""
+    """Build a perceptron with one hidden layer, for MNIST 79 510 parameters; torch's initial weights."""
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
@@ -28,16 +28,14 @@ def mlp(*, num_classes: int, in_channels: int, image_size: int, hidden: int = 10
 
 
 def cnn_3c3d(*, num_classes: int, in_channels: int, image_size: int) -> nn.Sequential:
-    """Three convolutions with max-pooling and three linear layers, for CIFAR-10 895 210 parameters.
+    """Build three convolutions with max-pooling and three linear layers, for CIFAR-10 895 210 parameters.
 
     As in DeepOBS (Schneider, Balles and Hennig, ICLR 2019): convolutions 5x5 "valid" to 64 channels, 3x3 "valid" to
     96, 3x3 "same" to 128; after each, max-pooling 3x3 with stride 2 and TensorFlow's "same" padding; linear layers
     512, 256 and ``num_classes``. Convolutions start Xavier-normal, linear layers Xavier-uniform, biases at zero.
 
-    Raises
-    ------
-    ValueError
-        For images below 9 pixels: nothing would be left for the second convolution.
+    Raises:
+        ValueError: For images below 9 pixels: nothing would be left for the second convolution.
     """
     if image_size < 9:
         raise ValueError(f"the network 3c3d needs images of at least 9 pixels, got {image_size}")
@@ -77,6 +75,7 @@ class PreActivationBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, in_channels, H, W)`` to ``(B, width, H / stride, W / stride)``."""
         residual = self.conv1(self.norm1(x).relu_())
         residual = self.conv2(self.norm2(residual).relu_())
         if self.stride > 1:

@@ -45,6 +45,7 @@ class BasicBlock(_Block):
         self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
 
     def residual(self, x: Tensor) -> Tensor:
+        """Compute what the block adds to its shortcut."""
         x = self.bn1(self.conv1(x)).relu_()
         return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
 
@@ -64,6 +65,7 @@ class Bottleneck(_Block):
         self.conv3, self.bn3 = _conv(inner, outer, 1), nn.BatchNorm2d(outer)
 
     def residual(self, x: Tensor) -> Tensor:
+        """Compute what the block adds to its shortcut."""
         x = self.bn1(self.conv1(x)).relu_()
         x = self.bn2(self.conv2(x)).relu_()
         return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
@@ -84,23 +86,16 @@ class GroupedBottleneck(WideBottleneck):
 class ResNet(nn.Sequential):
     """Residual network for small images: ``(B, in_channels, H, W)`` to logits ``(B, num_classes)``.
 
-    Parameters
-    ----------
-    block
-        :class:`BasicBlock`, :class:`Bottleneck` or :class:`WideBottleneck`.
-    depths, widths
-        Number of blocks and width of every stage; each stage but the first halves height and width.
-    num_classes, in_channels
-        Number of classes and of input channels.
-    stem_stride
-        Stride of the 3x3 stem.
-    large_images
-        The stem for ImageNet instead: a 7x7 convolution and max-pooling, each with stride 2.
+    Args:
+        block: :class:`BasicBlock`, :class:`Bottleneck` or :class:`WideBottleneck`.
+        depths, widths: Number of blocks and width of every stage; each stage but the first halves height and width.
+        num_classes, in_channels: Number of classes and of input channels.
+        stem_stride: Stride of the 3x3 stem.
+        large_images: The stem for ImageNet instead: a 7x7 convolution and max-pooling, each with stride 2.
 
-    Notes
-    -----
-    Convolutions start Kaiming-normal with ``fan_out``, BatchNorm at 1 and 0, the linear layer at torch's default, as
-    in torchvision and in the released code of KOALA. All of it is drawn from torch's default generator.
+    Notes:
+        Convolutions start Kaiming-normal with ``fan_out``, BatchNorm at 1 and 0, the linear layer at torch's default,
+        as in torchvision and in the released code of KOALA. All of it is drawn from torch's default generator.
     """
 
     def __init__(

@@ -24,21 +24,15 @@ class EncoderDecoder(nn.Module):
     inputs. Positions are sines and cosines, so that sentences of any length are read. Matrices have Glorot's uniform
     initial weights, biases are zero, and embeddings are normal with variance 1/width.
 
-    Parameters
-    ----------
-    vocabulary
-        Number of tokens, the same for both languages.
-    width, heads, layers
-        Sizes; ``layers`` for each of the two stacks, and the layers between attention are four times as wide.
-    dropout
-        Probability; on embeddings, attention, and within and after each part of a layer.
-    norm_first
-        See above.
+    Args:
+        vocabulary: Number of tokens, the same for both languages.
+        width, heads, layers: Sizes; ``layers`` for each of the two stacks, and the layers between attention are four
+            times as wide.
+        dropout: Probability; on embeddings, attention, and within and after each part of a layer.
+        norm_first: See above.
 
-    Raises
-    ------
-    ValueError
-        If ``width`` is odd or no multiple of ``heads``.
+    Raises:
+        ValueError: If ``width`` is odd or no multiple of ``heads``.
     """
 
     def __init__(
@@ -70,30 +64,27 @@ class EncoderDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Scores of what comes after each token of the target.
+        """Score what comes after each token of the target.
 
-        Parameters
-        ----------
-        source, target
-            int64, ``(B, S)`` and ``(B, T)``, filled up with ``PAD`` on the right. ``target[:, t]`` sees the whole
-            source, and the target up to itself.
+        Args:
+            source: int64, ``(B, S)``, filled up with ``PAD`` on the right.
+            target: int64, ``(B, T)``, filled up likewise; ``target[:, t]`` sees the whole source, and the target up to
+                itself.
 
-        Returns
-        -------
-        Tensor
+        Returns:
             Logits, ``(B, T, vocabulary)``.
         """
         return self.logits(self.decode(target, self.encode(source), source == PAD))
 
     def encode(self, source: Tensor) -> Tensor:
-        """What the decoder sees of a source, ``(B, S, width)``."""
+        """Return what the decoder sees of a source, ``(B, S, width)``."""
         hidden, padding = self._embed(source), source == PAD
         for layer in self.encoder:
             hidden = layer(hidden, src_key_padding_mask=padding)
         return cast(Tensor, self.encoder_norm(hidden))
 
     def decode(self, target: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
-        """The last hidden state of each token of the target, ``(B, T, width)``, from what :meth:`encode` gave."""
+        """Return the last hidden state per token of the target, ``(B, T, width)``, from what :meth:`encode` gave."""
         hidden, length = self._embed(target), target.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         for layer in self.decoder:
@@ -101,7 +92,7 @@ class EncoderDecoder(nn.Module):
         return cast(Tensor, self.decoder_norm(hidden))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all tokens, ``(…, vocabulary)``, of hidden states ``(…, width)``."""
+        """Score all tokens, ``(…, vocabulary)``, from hidden states ``(…, width)``."""
         return functional.linear(hidden, self.embedding.weight)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -112,7 +103,7 @@ class EncoderDecoder(nn.Module):
 
 
 def sinusoids(length: int, width: int, device: torch.device) -> Tensor:
-    """Positions 0, 1, … as sines and cosines, float32 ``(length, width)`` (Vaswani et al., section 3.5)."""
+    """Return positions 0, 1, … as sines and cosines, float32 ``(length, width)`` (Vaswani et al., section 3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))
     angle = torch.arange(length, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)

@@ -1,7 +1,17 @@
-"""Start-up of a notebook: strict parameters, one thread, seeds, style; then runs, figures and verdicts.
+"""What a running notebook calls: start-up, runs, tables, figures and verdicts.
 
-The cell tagged ``parameters`` is the schema of its notebook and, as it stands, the ``quick`` preset. Larger
-presets are sparse overrides, ``notebooks/presets/<preset>/<notebook>.yaml``.
+A notebook reads::
+
+    ctx = nb.start("koala/20_table2_dynamics_and_noise")   # after the cell tagged `parameters`
+    grid = {"v": RunConfig(...), "m_k05": [RunConfig(...), RunConfig(...)]}   # in the cell tagged `grid`
+    live = ctx.run(grid)                 # tidy table, one line per row and run
+    stored = ctx.stored("desktop")       # the same from the committed results
+    ctx.judge_table(live)                # every value and ordering of this notebook whose rows are there
+    ctx.judge_table(stored, at="desktop")
+    ctx.judge("koala.text.memory", measured=2.0)   # evidence of another kind
+    ctx.verdicts()                       # prints what is decided, counts the rest, saves all
+
+See ``notebooks/_template.ipynb``.
 """
 
 from __future__ import annotations
@@ -9,7 +19,7 @@ from __future__ import annotations
 import ast
 import os
 import random
-import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,123 +27,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala_lab import paths
-from koala_lab.parameters import PRESETS, Parameter, declared, resolve
+from koala_lab.notebook.files import Declared, declared_grid, declared_in, overrides, preset_file, seeds_of
+from koala_lab.parameters import Parameter, declared, resolve
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from koala_lab.claims import Verdict
     from koala_lab.config import RunConfig
-    from koala_lab.runs import Store
+    from koala_lab.runs import Grid, Store
     from koala_lab.runs.training import RunResult
 
-# ---------------------------------------------------------------- a notebook as a file
-
-
-def name_of(path: Path) -> str:
-    """``koala/20_table2`` for a notebook of the repository, the bare stem for any other."""
-    path, home = path.resolve(), paths.notebooks().resolve()
-    return path.relative_to(home).with_suffix("").as_posix() if path.is_relative_to(home) else path.stem
-
-
-def all_notebooks() -> dict[str, Path]:
-    """Every notebook of the repository by name, in reading order."""
-    found = paths.notebooks().rglob("*.ipynb")
-    found = (p for p in found if ".ipynb_checkpoints" not in p.parts and not p.name.endswith(".failed.ipynb"))
-    return {name_of(p): p for p in sorted(found)}
-
-
-def title_of(path: Path) -> str:
-    """The heading of a notebook's first cell, without the mark."""
-    import nbformat
-
-    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
-    return str(first.source).splitlines()[0].lstrip("# ")
-
-
-def paper_item(path: Path) -> str:
-    """What of its paper a notebook is about, as the line "Paper item." of its first cell says; empty without one."""
-    import nbformat
-
-    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
-    found = re.search(r"^\*\*Paper item\.\*\* (.*)", str(first.source), re.MULTILINE)
-    return re.split(r",? of [A-Z]\w+(?: et al\.)?, ", found.group(1))[0] if found else ""
-
-
-def tagged_source(path: Path, tag: str) -> str | None:
-    """Source of the one code cell with a tag; ``None`` without one, an error with several."""
-    import nbformat
-
-    cells = nbformat.read(path, as_version=4).cells  # type: ignore[no-untyped-call]
-    sources = [str(c.source) for c in cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
-    if len(sources) > 1:
-        raise ValueError(f"{path}: {len(sources)} cells are tagged {tag!r}, at most one may be")
-    return sources[0] if sources else None
-
-
-def declared_in(path: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook file."""
-    source = tagged_source(path, "parameters")
-    if source is None:
-        raise ValueError(f"{path}: no cell is tagged 'parameters'")
-    return declared(source, where=str(path))
-
-
-def preset_file(name: str, preset: str) -> Path:
-    """Where the overrides of a larger preset are written down."""
-    return paths.presets() / preset / f"{name}.yaml"
-
-
-def overrides(path: Path, preset: str) -> dict[str, Any]:
-    """What a preset changes in a notebook: nothing for quick, else the content of its YAML file.
-
-    Raises:
-        ValueError: For an unknown preset, a preset the notebook does not have, or a file that is no mapping
-            or names another preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
-    if preset == "quick":
-        return {}
-    import yaml
-
-    file = preset_file(name_of(path), preset)
-    if not file.exists():
-        raise ValueError(f"{name_of(path)} has no preset {preset!r}: {file} does not exist")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or content.get("preset") != preset:
-        raise ValueError(f"{file}: expected 'name: value' lines, one of them 'preset: {preset}'")
-    return content
-
-
-def grid_of(path: Path, preset: str = "quick") -> list[RunConfig]:
-    """The runs a notebook asks for, found without a kernel.
-
-    Executes the parameters cell, the preset's overrides and the cell tagged ``grid``, which assigns ``grid``
-    from the parameters alone.
-
-    Args:
-        path: The notebook.
-        preset: ``quick``, ``desktop`` or ``paper``.
-
-    Returns:
-        The configurations, empty for a notebook without a grid cell.
-    """
-    source = tagged_source(path, "grid")
-    if source is None:
-        return []
-    namespace = resolve(declared_in(path), overrides(path, preset))
-    exec(compile(source, f"{path}, grid cell", "exec"), namespace)
-    if "grid" not in namespace:
-        raise ValueError(f"{path}: the grid cell does not assign 'grid'")
-    return list(namespace["grid"])
-
-
-# ---------------------------------------------------------------- inside a running notebook
+CUSTOM = "custom"  # the scale of a run whose parameters are those of no preset
 
 
 def _live_parameters(name: str, history: Sequence[str]) -> dict[str, Parameter]:
-    """The parameters cell last executed here; nbval keeps no history, so then the one in the file."""
+    """Return the parameters cell last executed here; nbval keeps no history, so then the one in the file."""
     for source in reversed(history):
         try:
             parameters = declared(source)
@@ -148,12 +58,33 @@ def _live_parameters(name: str, history: Sequence[str]) -> dict[str, Parameter]:
 
 
 def _injected_names(history: Sequence[str]) -> list[str]:
-    """What papermill's '# Parameters' cell assigns; these are the names a user gave."""
+    """Return what papermill's '# Parameters' cell assigns; these are the names a user gave."""
     for source in reversed(history):
         if source.startswith("# Parameters\n"):
             targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
             return [target.id for target in targets if isinstance(target, ast.Name)]
     return []
+
+
+def scale_of(name: str, values: Mapping[str, Any]) -> str:
+    """Return the preset whose parameters these are, every one of them but ``device``; else ``"custom"``.
+
+    A verdict belongs to a preset only where the parameters are that preset's.
+
+    Args:
+        name: Of the notebook; the presets are those of its file.
+        values: All parameters, resolved.
+    """
+    path = paths.notebooks() / f"{name}.ipynb"
+    preset = str(values["preset"])
+    if not path.exists():
+        return CUSTOM
+    try:
+        wanted = resolve(declared_in(path), overrides(path, preset))
+    except ValueError:  # a preset that the notebook does not have
+        return CUSTOM
+    same = {**values, "device": ""} == {**wanted, "device": ""}
+    return preset if same else CUSTOM
 
 
 def start(name: str) -> Notebook:
@@ -170,6 +101,7 @@ def start(name: str) -> Notebook:
         RuntimeError: Outside a notebook.
     """
     import numpy as np
+    import pandas as pd
     import torch
     from IPython.core.getipython import get_ipython
 
@@ -193,9 +125,13 @@ def start(name: str) -> Notebook:
     torch.manual_seed(seed)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
+    pd.set_option("display.width", 100, "display.max_rows", None, "display.max_columns", None, "display.precision", 3)
     plots.style()
-    print(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()))
-    return Notebook(name=name, preset=values["preset"], params=values, store=Store())
+    scale = scale_of(name, values)
+    print(textwrap.fill(f"{name}: " + " ".join(f"{p}={v}" for p, v in values.items()), 100, break_long_words=False))
+    if scale == CUSTOM:
+        print(f"custom: not the parameters of preset {values['preset']}; nothing here enters the scoreboard")
+    return Notebook(name=name, preset=values["preset"], params=values, store=Store(), scale=scale)
 
 
 @dataclass
@@ -207,16 +143,38 @@ class Notebook:
         preset: The scale it runs at.
         params: The resolved parameters.
         store: The run store.
+        scale: The preset, or ``"custom"`` where any parameter differs from the preset's.
     """
 
     name: str
     preset: str
     params: dict[str, Any]
     store: Store
+    scale: str = CUSTOM
     _verdicts: list[Verdict] = field(default_factory=list, repr=False)
+    _results: dict[str, RunResult] = field(default_factory=dict, repr=False)
 
-    def run(self, grid: Sequence[RunConfig]) -> list[RunResult]:
-        """Results of a grid, in its order; what the store does not have is trained now."""
+    # ---- runs and tables
+
+    def run(self, grid: Grid, pilot: Grid | None = None) -> pd.DataFrame:
+        """Train what the store does not have, and return the table of all runs.
+
+        Args:
+            grid: ``{row: RunConfig or list of them}``, without seeds: every row is trained with the seeds ``seed``,
+                ``seed + 1``, ... of the parameters, all rows with one seed before the next. A list holds data sets,
+                networks or candidate rates; what stands first is the printed rate.
+            pilot: More candidates of the same rows, trained with the first seed only.
+
+        Returns:
+            A tidy table, see `runs.frame`: ``row``, ``dataset``, ``model``, ``seed``, ``candidate``, ``key``,
+            ``status``, the settings and the final metrics, NaN for a failed run.
+        """
+        from koala_lab import runs
+
+        results = self._train(runs.expand(grid, seeds_of(self.params), pilot))
+        return runs.frame(grid, results, pilot)
+
+    def _train(self, configs: Sequence[RunConfig]) -> list[RunResult]:
         from IPython.display import display
 
         from koala_lab.runs import run_all
@@ -232,63 +190,177 @@ class Notebook:
         def progress(ready: int, total: int, config: RunConfig) -> None:
             show(f"run {ready + 1}/{total}: {config.label}")
 
-        results = run_all(grid, store=self.store, device=self.params["device"], progress=progress)
+        results = run_all(configs, store=self.store, device=self.params["device"], progress=progress)
         show("")
+        self._results |= {r.key: r for r in results}
         failed = sum(r.status == "failed" for r in results)
         print(f"{len(results)} runs: {len(results) - failed} done, {failed} failed")
         return results
 
-    def stored(self, preset: str) -> list[RunResult]:
-        """The committed results of a larger preset, empty where there are none yet."""
-        from koala_lab.runs import read_results, results_file
+    def stored(self, preset: str) -> pd.DataFrame:
+        """Return the table of the committed results of another preset; empty where there are none yet.
 
-        return read_results(results_file(preset, self.name))
+        Rows get their names from the grid cell evaluated at that preset; results on another copy of the data are
+        matched by configuration, and column ``data`` says so.
 
-    def figure(self, fig: Figure, name: str, runs: Sequence[RunResult] = ()) -> None:
-        """Show a figure and save it as PNG, PDF and JSON sidecar.
+        Returns:
+            As `run`.
+
+        Raises:
+            ValueError: If the notebook has no grid.
+        """
+        from koala_lab import runs
+
+        results = runs.read_results(runs.results_file(preset, self.name))
+        self._results |= {r.key: r for r in results}
+        declared = self._declared(preset)
+        table = runs.frame(declared.grid, results, declared.pilot)
+        wanted = len(runs.expand(declared.grid, declared.seeds, declared.pilot))
+        where = "; ".join(sorted({str(r.provenance.get("device", "")) for r in results}))
+        print(f"{preset}: {table['key'].nunique()} of {wanted} runs stored" + (f", {where}" if where else ""))
+        return table
+
+    def _declared(self, preset: str) -> Declared:
+        path = paths.notebooks() / f"{self.name}.ipynb"
+        has = preset == "quick" or preset_file(self.name, preset).exists()
+        declared = declared_grid(path, preset if has else "quick")  # without the preset nothing is stored either
+        if declared is None:
+            raise ValueError(f"{self.name} has no cell tagged 'grid', so it has no runs")
+        return declared
+
+    def results(self, frame: pd.DataFrame) -> list[RunResult]:
+        """Return the runs of a table, each once, with what does not fit into it: provenance, pictures, epochs."""
+        return [self._results[key] for key in dict.fromkeys(frame["key"])]
+
+    def curves(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Tidy learning curves of a table's runs: its columns of names, and ``epoch``, ``metric``, ``value``."""
+        from koala_lab.runs import learning_curves
+
+        return learning_curves(frame, self.results(frame))
+
+    def summary(self, frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+        """Summarise metrics: mean and standard deviation, and the number of runs, per data set and row."""
+        from koala_lab.runs import summary
+
+        return summary(frame, metrics)
+
+    def chosen(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the part of a table that has, per row and data set, the candidate with the best validation metric."""
+        from koala_lab.claims import chosen
+
+        return chosen(frame)
+
+    # ---- figures
+
+    def figure(self, fig: Figure, name: str, runs: pd.DataFrame | Sequence[RunResult] = ()) -> None:
+        """Show a figure and save it as PNG, PDF and JSON sidecar; that of a custom run below ``report/custom``.
 
         Args:
             fig: A matplotlib figure; it is closed.
-            name: File name without suffix.
-            runs: The results it is drawn from; their keys go into the sidecar.
+            name: File name without suffix; the paper is the folder, and is taken off the name.
+            runs: The table or the results that it is drawn from; their keys go into the sidecar.
         """
         from IPython.display import Image, display
 
         from koala_lab import plots
 
+        keys = {r.key for r in runs} if isinstance(runs, Sequence) else set(runs["key"])
         origin = {
             "notebook": self.name,
             "parameters": self.params,
-            "runs": sorted({r.key for r in runs}),
+            "runs": sorted(keys),
             "versions": plots.versions(),
         }
-        png = plots.save(fig, paths.figures_dir() / name, origin)
+        folder = self._folder() / "figures" if self.scale == CUSTOM else paths.figures_dir()
+        paper = self.name.rpartition("/")[0]
+        name = name.removeprefix(f"{paper}_")
+        png = plots.save(fig, folder / paper / name, origin)
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
+    def printed(self, metric: str) -> dict[str, float]:
+        """Return the paper's printed values of a metric by row, from the claims of this notebook, for figures."""
+        from koala_lab import claims
+
+        mine = [c for c in claims.of(self.name) if c.row and c.metric == metric]
+        return {c.row: c.expected for c in mine if c.expected is not None}
+
+    # ---- verdicts
+
+    def judge_table(self, frame: pd.DataFrame, at: str | None = None) -> None:
+        """Judge every value and ordering claim of this notebook whose rows and metric are in a table.
+
+        A claim knows its rows, its metric and how rates are chosen. On each data set (and network) it is judged by
+        itself, and their verdicts are combined. Claims without a test at the preset are left out.
+
+        Args:
+            frame: Of `run` or `stored`, with further metrics as columns where claims name them.
+            at: The preset of the measurements; default is this notebook's own.
+        """
+        from koala_lab import claims
+
+        preset = at or self.preset
+        self._keep(claims.judge_table(frame, claims.of(self.name), preset), preset)
+
     def judge(
-        self, claim_id: str, *, preset: str | None = None, cases: Mapping[str, Any] | None = None, **evidence: Any
+        self,
+        claim_id: str,
+        *,
+        preset: str | None = None,
+        cases: Mapping[str, Any] | None = None,
+        frame: pd.DataFrame | None = None,
+        **evidence: Any,
     ) -> Verdict:
-        """`claims.judge` at this notebook's preset, or another for stored results; keeps the verdict.
+        """Call `claims.judge` at this notebook's preset, or another for stored results; keeps the verdict.
 
         Args:
             claim_id: The claim.
             preset: The preset of the measurements; default is the notebook's own.
             cases: ``arms`` by data set, where a claim is judged on several; see `claims.combine`.
+            frame: The runs that the evidence was made from, where there are any: names data and network in the
+                scoreboard, and the claim is decided only if the task was learned.
             evidence: See `claims.judge`.
         """
         from koala_lab import claims
 
         at = preset or self.preset
+        if frame is not None:
+            evidence |= claims.circumstances(frame, at)
         if cases is None:
             verdict = claims.judge(claim_id, preset=at, **evidence)
         else:
-            verdict = claims.combine({c: claims.judge(claim_id, preset=at, arms=arms) for c, arms in cases.items()})
-        self._verdicts.append(verdict)
+            each = {c: claims.judge(claim_id, preset=at, arms=arms, **evidence) for c, arms in cases.items()}
+            verdict = claims.combine(each)
+        self._keep([verdict], at)
         return verdict
 
-    def verdicts(self) -> None:
-        """Print the verdicts given so far and write them to ``report/verdicts/<name>.json``."""
+    def _keep(self, verdicts: Sequence[Verdict], at: str) -> None:
+        from dataclasses import replace
+
+        own = at == self.preset and self.scale == CUSTOM
+        self._verdicts += [replace(v, preset=CUSTOM) if own else v for v in verdicts]
+
+    def verdicts(self, at: str | None = None) -> None:
+        """Print what is decided, and how many claims are not; without ``at`` also save all verdicts.
+
+        They go to ``report/verdicts/<name>.json``, those of a custom run below ``report/custom``.
+
+        Args:
+            at: Only the verdicts at this preset, such as those of the stored runs, which are the same everywhere.
+
+        Raises:
+            RuntimeError: If a claim of this notebook that has a test at its preset was not judged.
+        """
         from koala_lab import claims
 
-        claims.save(self._verdicts, self.name)
-        print(claims.table(self._verdicts).to_string())
+        if at is not None:
+            print(claims.lines([v for v in self._verdicts if v.preset == at]))
+            return
+        mine = claims.of(self.name)
+        judged = {v.claim_id for v in self._verdicts if v.preset in (self.preset, claims.ANY, CUSTOM)}
+        if missing := [c.id for c in mine if c.criterion(self.preset) and c.id not in judged]:
+            raise RuntimeError(f"{self.name} does not judge {', '.join(missing)}, which have a test at {self.preset}")
+        print(claims.lines(self._verdicts, mine, self.preset))
+        claims.save(self._verdicts, self.name, self._folder() if self.scale == CUSTOM else None)
+
+    def _folder(self) -> Path:
+        return paths.report_dir() / CUSTOM / self.name

@@ -18,6 +18,7 @@ from nbformat import NotebookNode, from_dict
 from papermill.exceptions import PapermillExecutionError  # type: ignore[import-untyped]
 
 from koala_lab import notebook as nb
+from koala_lab.files import write_bytes
 from koala_lab.parameters import from_text, resolve
 
 _METADATA = {
@@ -74,7 +75,7 @@ def normal_form(notebook: NotebookNode) -> NotebookNode:
 
 
 def _tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without empty displays (a cleared progress line) and with split streams joined."""
+    """Return outputs without empty displays (a cleared progress line) and with split streams joined."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "display_data" and not any(output.data.values()):
@@ -89,13 +90,12 @@ def _tidy(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Write a notebook to a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    nbformat.write(notebook, partial)  # type: ignore[no-untyped-call]
-    partial.replace(path)
+    text: str = nbformat.writes(notebook)  # type: ignore[no-untyped-call]
+    write_bytes(path, (text.removesuffix("\n") + "\n").encode())
 
 
 def parameters(path: Path, preset: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """What papermill is to inject: the preset's overrides and a command line's, checked against the notebook.
+    """Return what papermill is to inject: the preset's overrides and a command line's, checked against the notebook.
 
     Args:
         path: The notebook.

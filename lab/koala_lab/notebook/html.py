@@ -13,7 +13,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 
 def mathml(tex: str, display: str = "inline") -> str:
-    """A formula as MathML; as its TeX where the converter does not know it.
+    """Return a formula as MathML; as its TeX where the converter does not know it.
 
     Args:
         tex: TeX without dollar signs.
@@ -43,5 +43,6 @@ class Exporter(HTMLExporter):
 
     @pass_context
     def markdown2html(self, context: Any, source: str) -> str:
+        """Render Markdown; links to notebooks become links to their pages."""
         page = str(MarkdownWithMath(renderer=_Renderer(escape=False)).render(source))
-        return re.sub(r'href="(?!\w+:)([^"#]+)\.ipynb', r'href="\1.html', page)  # pages link to pages
+        return re.sub(r'href="(?!\w+:)([^"#]+)\.ipynb', r'href="\1.html', page)

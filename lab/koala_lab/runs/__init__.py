@@ -2,25 +2,25 @@
 
 from koala_lab.runs.store import (
     Store,
-    curves,
     merge_results,
     read_results,
     results_file,
     run_all,
-    table,
-    write_json,
 )
+from koala_lab.runs.tables import Grid, expand, frame, learning_curves, summary
 from koala_lab.runs.training import RunResult, train
 
 __all__ = [
+    "Grid",
     "RunResult",
     "Store",
-    "curves",
+    "expand",
+    "frame",
+    "learning_curves",
     "merge_results",
     "read_results",
     "results_file",
     "run_all",
-    "table",
+    "summary",
     "train",
-    "write_json",
 ]

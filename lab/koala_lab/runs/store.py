@@ -11,39 +11,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from warnings import warn
 
 from filelock import FileLock, Timeout
 
 from koala_lab import paths
 from koala_lab.config import RunConfig
+from koala_lab.files import write_json
 from koala_lab.runs.training import RunResult, train
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file so that it is there whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written (a full disk, say); what stood at ``path`` before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path}: {error.strerror or error}; nothing was lost, free some space and start again"
-        ) from error
 
 
 class Store:
@@ -58,11 +34,14 @@ class Store:
         self._committed: dict[str, RunResult] | None = None
 
     def get(self, key: str) -> RunResult | None:
-        """The finished run of that key, from the store or from the committed results; ``None`` if there is none."""
+        """Return the finished run of that key, from the store or the committed results; ``None`` if there is none."""
         path = self.root / key / "run.json"
         if path.exists():
             try:
-                return RunResult.from_json(json.loads(path.read_text()))
+                result = RunResult.from_json(json.loads(path.read_text()))
+                if result.key != key:
+                    raise ValueError(f"it is run {result.key}")
+                return result
             except (ValueError, KeyError, TypeError) as error:
                 warn(f"{path} is damaged ({error}); the run will be repeated", stacklevel=2)
                 os.replace(path, path.with_suffix(".damaged"))
@@ -77,6 +56,7 @@ class Store:
         self.checkpoint(result.key).unlink(missing_ok=True)
 
     def checkpoint(self, key: str) -> Path:
+        """Return where the run of that key keeps its checkpoint."""
         return self.root / key / "checkpoint.pt"
 
     @contextmanager
@@ -88,7 +68,7 @@ class Store:
             yield
 
     def busy(self, key: str) -> bool:
-        """Whether somebody holds the run at this moment."""
+        """Say whether somebody holds the run at this moment."""
         folder = self.root / key
         try:
             with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
@@ -97,11 +77,12 @@ class Store:
             return True
 
     def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
-        """The run of a configuration: found, or continued from its checkpoint, or trained.
+        """Return the result of a configuration: found, or continued from its checkpoint, or trained.
 
         Args:
             config: what to train.
-            on_step: see :func:`koala_lab.runs.training.train`, as are ``options``.
+            on_step: see :func:`koala_lab.runs.training.train`.
+            **options: see there, too.
         """
         key = config.key
         if (result := self.get(key)) is not None:
@@ -142,12 +123,12 @@ def run_all(
 
 
 def results_file(preset: str, notebook: str) -> Path:
-    """Where the results of a notebook at a preset are committed."""
+    """Return where the results of a notebook at a preset are committed."""
     return paths.results_dir() / preset / f"{notebook}.json"
 
 
 def read_results(file: Path) -> list[RunResult]:
-    """The runs of one committed file; none if there is no such file."""
+    """Read the runs of one committed file; none if there is no such file."""
     if not file.exists():
         return []
     try:
@@ -172,32 +153,3 @@ def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunRe
         new += [r for r in tagged if r.key not in configs]
         if new != old:
             write_json(file, {"runs": [r.to_json() for r in new]})
-
-
-# ---- tables ------------------------------------------------------------------------------------------------------
-
-
-def _columns(result: RunResult) -> dict[str, Any]:
-    fields = result.config.to_dict()
-    arguments: dict[str, Any] = fields.pop("optimizer_args")
-    return fields | arguments | {"key": result.key, "status": result.status}
-
-
-def table(results: Iterable[RunResult]) -> pd.DataFrame:
-    """One row per run: its configuration (optimizer arguments as columns), status and final metrics (NaN if failed)."""
-    import pandas as pd
-
-    return pd.DataFrame([_columns(r) | r.final for r in results])
-
-
-def curves(results: Iterable[RunResult]) -> pd.DataFrame:
-    """Tidy learning curves: one row per run, epoch (from 1) and metric, in column ``value``."""
-    import pandas as pd
-
-    rows = [
-        _columns(r) | {"epoch": i, "metric": metric, "value": value}
-        for r in results
-        for i, metrics in enumerate(r.epochs, start=1)
-        for metric, value in metrics.items()
-    ]
-    return pd.DataFrame(rows)

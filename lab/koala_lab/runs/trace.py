@@ -11,10 +11,8 @@ from torch import Tensor
 
 from koala_lab import data
 from koala_lab.config import RunConfig
-from koala_lab.runs.training import _Run
-from koala_lib import kalman
-from koala_lib.optim import KoalaM, KoalaV, Meka
-from koala_lib.optim._engine.lists import squared_norms
+from koala_lab.runs.training import TrainingRun
+from koala_lib import Meka, kalman
 from koala_lib.optim.filter import LossFilter
 
 
@@ -33,7 +31,7 @@ def trace(
             without augmentation; as many times slower as there are batches.
 
     Returns:
-        One row a step, k = 1, 2, ... in ``step``:
+        One row per step, k = 1, 2, ... in ``step``:
 
         * ``loss``: minibatch loss L at the predicted weights, with KOALA's target 0 the innovation;
         * the entries of ``filter_state()`` after the step.
@@ -59,22 +57,22 @@ def trace(
     """
     if config.warmup_steps:
         raise ValueError(f"a trace has no warm-up, but warmup_steps={config.warmup_steps}; leave it out")
-    run = _Run(config, torch.device(device))
-    optimizer = run.optimizers.get("network")
-    if isinstance(optimizer, Meka):
-        rows = (_meka_step(run, optimizer, batch, full_gradient) for batch in _batches(run))
-    elif isinstance(optimizer, KoalaV | KoalaM):
-        if full_gradient:
-            raise ValueError("full_gradient=True compares the filtered gradient, which only MEKA has")
-        rows = (_koala_step(run, optimizer, batch) for batch in _batches(run))
-    else:
+    run = TrainingRun(config, torch.device(device))
+    optimizer: Any = run.optimizers.get("network")
+    if not hasattr(optimizer, "filter_state"):
         raise ValueError(
             f"optimizer={config.optimizer!r} has no filter to record; use koala_v, koala_m, meka or adameka"
         )
+    if not hasattr(optimizer, "predict"):
+        rows = (_meka_step(run, optimizer, batch, full_gradient) for batch in _batches(run))
+    elif full_gradient:
+        raise ValueError("full_gradient=True compares the filtered gradient, which only MEKA has")
+    else:
+        rows = (_koala_step(run, optimizer, batch) for batch in _batches(run))
     return pd.DataFrame({"step": k, **row} for k, row in zip(range(1, steps + 1), rows, strict=False))
 
 
-def _koala_step(run: _Run, optimizer: LossFilter, batch: Any) -> dict[str, float]:
+def _koala_step(run: TrainingRun, optimizer: LossFilter, batch: Any) -> dict[str, float]:
     optimizer.predict()
     predicted = optimizer.filter_state()["variance"]
     optimizer.zero_grad()
@@ -98,7 +96,7 @@ def _koala_step(run: _Run, optimizer: LossFilter, batch: Any) -> dict[str, float
     }
 
 
-def _meka_step(run: _Run, optimizer: Meka, batch: Any, full_gradient: bool) -> dict[str, float]:
+def _meka_step(run: TrainingRun, optimizer: Meka, batch: Any, full_gradient: bool) -> dict[str, float]:
     row: dict[str, float] = {}
     if full_gradient:
         full, minibatch = (_mean_gradient(run, batches) for batches in (_training_set(run), [batch]))
@@ -111,8 +109,8 @@ def _meka_step(run: _Run, optimizer: Meka, batch: Any, full_gradient: bool) -> d
     return row | optimizer.filter_state()
 
 
-def _mean_gradient(run: _Run, batches: Iterable[Any]) -> Tensor:
-    """Gradient of the mean loss over all samples of some batches, as one vector."""
+def _mean_gradient(run: TrainingRun, batches: Iterable[Any]) -> Tensor:
+    """Return the gradient of the mean loss over all samples of some batches, as one vector."""
     parameters = [*run.task.network.parameters()]
     total, samples = torch.zeros(sum(p.numel() for p in parameters), device=run.device), 0
     for batch in batches:
@@ -122,12 +120,12 @@ def _mean_gradient(run: _Run, batches: Iterable[Any]) -> Tensor:
     return total / samples
 
 
-def _training_set(run: _Run) -> Iterable[Any]:
+def _training_set(run: TrainingRun) -> Iterable[Any]:
     images = run.task.data
     return data.batches(images.train_images, images.train_labels, 1000, mean=images.mean, std=images.std)
 
 
-def _batches(run: _Run) -> Iterator[Any]:
+def _batches(run: TrainingRun) -> Iterator[Any]:
     """Epoch after epoch, with schedule and switch."""
     while True:
         run.begin_epoch()
@@ -145,4 +143,4 @@ def _squared_block_norms(optimizer: LossFilter) -> list[float]:
         for p in group["params"]
         if p.grad is not None
     ]
-    return [float(norm) for norm in squared_norms(tensors)]
+    return [float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors]

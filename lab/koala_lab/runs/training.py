@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from koala_lab import paths, tasks
+from koala_lab import tasks
 from koala_lab.baselines.registry import OWN_FORWARD, create, lookahead
-from koala_lab.baselines.svrg import Svrg
 from koala_lab.config import RunConfig
-from koala_lib.optim import Meka
+from koala_lab.files import write_torch
+from koala_lab.runs.provenance import provenance
 
 __all__ = ["RunConfig", "RunResult", "train"]
-
-FILTER_MEANS = ("step_size", "model_error", "value_variance")  # of MEKA's filter, means over an epoch's steps
 
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run measured.
 
-    ``epochs`` holds one dict per epoch: the task's training losses (means over the epoch's batches, each at its own
-    step), for MEKA also the means of its step sizes and of the filter's ``model_error`` and ``value_variance``, the
-    task's test metrics (of the posterior weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
+    ``epochs`` holds one dict per epoch: the task's training losses and the entries that an optimizer names as
+    ``traced`` (means over the epoch's batches, each at its own step), the task's test metrics (of the posterior
+    weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
     step whose loss was not finite. ``provenance`` says where and with what, ``pictures`` holds PNG files in base64.
     """
 
@@ -59,6 +52,7 @@ class RunResult:
         return dict(self.epochs[-1]) if self.status == "done" else {}
 
     def to_json(self) -> dict[str, Any]:
+        """Return what is stored of the run."""
         record = {
             "key": self.key,
             "config": self.config.to_dict(),
@@ -71,6 +65,7 @@ class RunResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunResult:
+        """Return the result that :meth:`to_json` wrote."""
         return cls(
             key=record["key"],
             config=RunConfig.from_dict(record["config"]),
@@ -109,7 +104,7 @@ def train(
     """
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)
-    run = _Run(config, torch.device(device))
+    run = TrainingRun(config, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     started, saved = time.monotonic() - run.seconds, time.monotonic()
@@ -128,7 +123,7 @@ def train(
     return run.result()
 
 
-class _Run:
+class TrainingRun:
     """The state of a run between two steps, and nothing that could be recomputed."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -148,8 +143,8 @@ class _Run:
         self.switch = self._switch(**options) if wrapper == "switch" else (-1, {})
         self.schedulers = {name: _scheduler(config, optimizer) for name, optimizer in self.optimizers.items()}
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
-        self.filters = [o for o in self.optimizers.values() if isinstance(o, Meka)]
-        self.names = [*self.task.losses, *(FILTER_MEANS if self.filters else ())]
+        self.traced: list[Any] = [o for o in self.optimizers.values() if hasattr(o, "traced")]
+        self.names = [*self.task.losses, *(name for optimizer in self.traced for name in optimizer.traced)]
         self.sums = torch.zeros(len(self.names), device=device)
         self.bad_step = torch.full((), -1, device=device)
         self.failed_step: int | None = None
@@ -168,28 +163,28 @@ class _Run:
         return epoch, changes
 
     def begin_epoch(self) -> None:
-        """Also called in the middle of an epoch, by a run that goes on from a checkpoint."""
+        """Begin an epoch, or go on with it: also called by a run that continues from a checkpoint."""
         self.task.network.train()
         if self.epoch == self.switch[0]:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:
                     group.update(self.switch[1])
         for optimizer in self.optimizers.values():
-            if isinstance(optimizer, Svrg) and self.step == 0:
-                optimizer.take_snapshot(self.task.batches(self.epoch))
+            if hasattr(optimizer, "start_epoch") and self.step == 0:
+                optimizer.start_epoch(self.task.batches(self.epoch))
 
     def train_step(self, batch: Any) -> None:
         with self.warm_up():
             losses = self.task.step(batch, self.optimizers)
         first_bad = (self.bad_step < 0) & ~torch.isfinite(losses).all()
         self.bad_step = torch.where(first_bad, self.steps_done, self.bad_step)
-        filters = [optimizer.entries(FILTER_MEANS).to(losses.dtype) for optimizer in self.filters]
-        self.sums += torch.cat([losses, *filters])
+        traced = [optimizer.entries(optimizer.traced).to(losses.dtype) for optimizer in self.traced]
+        self.sums += torch.cat([losses, *traced])
         self.step += 1
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """The learning rate of a step of the warm-up; afterwards the schedule's is there again."""
+        """Yield the learning rate of a step of the warm-up; afterwards the schedule's is there again."""
         steps, start = self.config.warmup_steps, self.config.warmup_init_lr
         if self.steps_done >= steps:
             yield
@@ -241,9 +236,7 @@ class _Run:
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        temporary = path.with_suffix(".part")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        write_torch(path, state)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -268,7 +261,7 @@ class _Run:
         for tensor in self.task.network.state_dict().values():
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         data = self.task.data
-        provenance = _provenance(self.device) | {
+        origin = provenance(self.device) | {
             "data": {"title": data.title, "tag": data.tag, "identity": data.identity[:16]},
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "weights_sha256": digest.hexdigest()[:16],
@@ -277,9 +270,7 @@ class _Run:
         }
         status = "done" if self.failed_step is None else "failed"
         pictures = self.task.pictures() if status == "done" else {}
-        return RunResult(
-            self.config.key, self.config, status, tuple(self.epochs), self.failed_step, provenance, pictures
-        )
+        return RunResult(self.config.key, self.config, status, tuple(self.epochs), self.failed_step, origin, pictures)
 
 
 def _scheduler(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -289,7 +280,7 @@ def _scheduler(config: RunConfig, optimizer: torch.optim.Optimizer) -> torch.opt
 
 
 class _Average:
-    """Stochastic weight averaging: the mean of the weights at the end of epochs ``start``, ``start + every``, …"""
+    """Stochastic weight averaging: the mean of the weights at the end of every ``every``-th epoch from ``start`` on."""
 
     def __init__(self, network: nn.Module, epochs: int, *, start: int, every: int = 1) -> None:
         if not (1 <= start <= epochs and every >= 1):
@@ -305,27 +296,3 @@ class _Average:
         if done >= self.start and (done - self.start) % self.every == 0:
             self.network.update_parameters(network)
         return bool(self.network.n_averaged > 0)
-
-
-def _provenance(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-@cache
-def _commit() -> str:
-    """The commit of the working tree, with ``+`` if it was changed; empty outside a checkout."""
-    try:
-        git = ["git", "-C", str(paths.ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "koala_lib", "lab"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

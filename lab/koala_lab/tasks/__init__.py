@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from koala_lab.config import RunConfig
-from koala_lab.tasks._base import Task, options
+from koala_lab.tasks._base import PRECISIONS, Task, options
 from koala_lab.tasks.classification import Classification
 from koala_lab.tasks.gan import Gan
 from koala_lab.tasks.language_model import LanguageModel
 from koala_lab.tasks.translation import Translation
 
-__all__ = ["TASKS", "Task", "create"]
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
+
+__all__ = ["PRECISIONS", "TASKS", "Task", "create"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
@@ -22,6 +26,6 @@ TASKS: dict[str, type[Task]] = {
 
 
 def create(config: RunConfig, device: torch.device) -> Task:
-    """The task of a configuration, its networks drawn from torch's generator as it stands."""
+    """Return the task of a configuration, its networks drawn from torch's generator as it stands."""
     cls = TASKS[config.task]
     return cls(config, device, **options(cls, config))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from koala_lab.baselines.registry import OWN_FORWARD, SECOND_ORDER
-from koala_lab.config import PRECISIONS, RunConfig
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Task(ABC):
     """One kind of training. A subclass takes its own options as keywords after ``device`` (``task_args``).
 
     Attributes:
+        datasets: names of the data sets that it can be trained on.
+        networks: its networks by name.
         config: the run.
         losses: names of the entries of what :meth:`step` returns.
         data: the data set; a result records its ``title``, ``tag`` and ``identity``.
@@ -30,10 +35,12 @@ class Task(ABC):
         parts: the modules that get an optimizer of their own each; of one network, ``"network"``.
         steps_per_epoch: number of batches of an epoch.
         clip_norm: the gradient is shortened to this norm where it is longer, before the optimizer sees it; 0: never.
-        loss_fn: losses of the samples, shape ``(B,)``, of the network's outputs and of targets, if a batch is a pair of
-            inputs and targets; an optimizer that runs the forward pass itself needs it.
+        loss_fn: per-sample loss (outputs, targets) -> ``(B,)``; set only if batches are (inputs, targets). Needed by
+            optimizers that run the forward pass themselves.
     """
 
+    datasets: ClassVar[Collection[str]]
+    networks: ClassVar[Mapping[str, Callable[..., nn.Module]]]
     losses: tuple[str, ...] = ("train_loss",)
 
     config: RunConfig
@@ -49,10 +56,10 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of an epoch from number ``start`` on, the same ones however often the run was interrupted."""
+        """Iterate over an epoch from batch ``start`` on, the same ones however often the run was interrupted."""
 
     def sample_losses(self, batch: Any) -> Tensor:
-        """Losses of the samples of a batch at the weights as they are, shape ``(B,)``, for tasks that have one loss."""
+        """Return the per-sample losses of a batch at the present weights, ``(B,)``, for tasks that have one loss."""
         raise NotImplementedError(f"{type(self).__name__} has no single loss")
 
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
@@ -71,26 +78,26 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """The test metrics of a network like :attr:`network`."""
+        """Return the test metrics of a network like :attr:`network`."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What lives from one step to the next beside network and optimizers."""
+        """Return what lives from one step to the next beside network and optimizers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most tasks have none
         """Restore it."""
 
     def pictures(self) -> dict[str, str]:
-        """Small pictures of the trained network, base64 PNG by name."""
+        """Return small pictures of the trained network, base64 PNG by name."""
         return {}
 
     def provenance(self) -> dict[str, Any]:
-        """What the provenance of a result should hold beside what it has for every task."""
+        """Return what the provenance of a result should hold beside what it has for every task."""
         return {}
 
 
 def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
-    """The ``task_args`` of a configuration, refused where the task does not have them."""
+    """Return the ``task_args`` of a configuration, refused where the task does not have them."""
     known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
     given = dict(config.task_args)
     for name in given:
@@ -100,15 +107,9 @@ def options(cls: type[Task], config: RunConfig) -> dict[str, Any]:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision of a run, as a context for forward passes."""
+    """Return the precision of a run, as a context for forward passes."""
     precision = PRECISIONS[config.precision]
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def check_clip_norm(clip_norm: float) -> None:
-    """Refuse what is no finite number >= 0."""
-    if not (isinstance(clip_norm, int | float) and 0 <= clip_norm < math.inf):
-        raise ValueError(f"clip_norm must be a finite number >= 0, got {clip_norm!r}")
 
 
 def closure_step(

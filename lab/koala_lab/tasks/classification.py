@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from koala_lab import data, models
-from koala_lab.config import RunConfig
+from koala_lab.checks import check_whole
 from koala_lab.data.formats import balanced_order
 from koala_lab.tasks._base import Task, autocast
 from koala_lib.moments import sample_moments
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
 
 Batch = tuple[Tensor, Tensor]
 Labelled = tuple[Tensor | data.Photographs, Tensor]
@@ -22,8 +26,9 @@ CHUNK = 500  # test images at a time; with 1000 small ResNets take half as long 
 
 
 class Classification(Task):
-    """Cross-entropy on images and labels. The data set lies on the device and is augmented there,
-    unless it is photographs.
+    """Cross-entropy on images and labels.
+
+    The data set lies on the device and is augmented there, unless it is photographs.
 
     Test metrics are ``test_loss`` (nats), ``test_error`` and ``test_error_top5`` (%); with a validation set the same
     with ``validation_`` come after them.
@@ -41,11 +46,13 @@ class Classification(Task):
         ValueError: if a batch is larger than the training set, or one of the sizes is impossible.
     """
 
+    datasets = data.names(data.Images, data.Folders)
+    networks = models.MODELS
+
     def __init__(
         self, config: RunConfig, device: torch.device, *, validation_size: int = 0, landscape_size: int = 0
     ) -> None:
-        if type(validation_size) is not int or validation_size < 0:
-            raise ValueError(f"validation_size must be a whole number >= 0, got {validation_size!r}")
+        check_whole("validation_size", validation_size)
         self.config, self.device = config, device
         size = config.train_size and config.train_size + validation_size
         self.data = data.load(config.dataset, device=device, train_size=size)
@@ -129,7 +136,7 @@ class Classification(Task):
 
 
 def _hold_out(dataset: data.ImageData, size: int) -> tuple[data.ImageData, Labelled]:
-    """The data set without ``size`` class-balanced samples of its training set, and those."""
+    """Return the data set without ``size`` class-balanced samples of its training set, and those."""
     images, labels = dataset.train_images, dataset.train_labels
     if size >= len(labels):
         raise ValueError(f"validation_size={size} leaves nothing of the {len(labels)} training samples")

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,11 +16,14 @@ from torch.nn.functional import pad, softplus
 from torch.optim import Optimizer
 
 from koala_lab import data
-from koala_lab.config import RunConfig
+from koala_lab.checks import check_known, check_whole
 from koala_lab.models import MODELS
 from koala_lab.models.dcgan import GANS, Dcgan
 from koala_lab.tasks._base import Task, autocast, closure_step
 from koala_lab.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
 
 LOSSES = ("non_saturating", "hinge")
 CHUNK = 500  # images at once where nothing is trained
@@ -55,6 +58,8 @@ class Gan(Task):
         ValueError: for an option out of range, or a configuration that makes no sense for a GAN.
     """
 
+    datasets = data.names(data.Images)
+    networks = GANS
     losses: tuple[str, ...] = ("discriminator_loss", "generator_loss", "generator_loss_negative")
     network: Dcgan
 
@@ -98,7 +103,7 @@ class Gan(Task):
         return torch.randn(count, self.network.latent, device=self.device)
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Losses of D, shape ``(B,)``, one for each pair of a real and a generated image."""
+        """Return the losses of D, shape ``(B,)``, one for each pair of a real and a generated image."""
         with autocast(self.config, self.device):
             scores = self.network.discriminator(real), self.network.discriminator(fake)
         true, false = (score.float() for score in scores)
@@ -107,7 +112,7 @@ class Gan(Task):
         return losses
 
     def generator_losses(self, noise: Tensor) -> Tensor:
-        """Losses of G, shape ``(B,)``; the weights of D are constants in it."""
+        """Return the losses of G, shape ``(B,)``; the weights of D are constants in it."""
         with _frozen(self.network.discriminator), autocast(self.config, self.device):
             score: Tensor = self.network.discriminator(self.network(noise)).float()
         return -score if self.loss == "hinge" else softplus(-score)
@@ -122,8 +127,8 @@ class Gan(Task):
         return torch.stack([discriminator, generator, (generator < 0).float()])
 
     def reference(self) -> RealImages:
-        """What the samples are compared with."""
-        return real_images(self.config.dataset, self.config.train_size, self._features, str(self.device))
+        """Return what the samples are compared with."""
+        return real_images(classifier(self.config, self._features), str(self.device))
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         constants = {"frechet_floor": self.reference().floor, "frechet_untrained": self.untrained}
@@ -131,7 +136,7 @@ class Gan(Task):
 
     @torch.no_grad()
     def distances(self, network: nn.Module) -> dict[str, float]:
-        """How far samples of a generator are from the real images."""
+        """Return how far samples of a generator are from the real images."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(self.samples, self.network.latent, generator=generator).to(self.device)
         reference = self.reference()
@@ -144,7 +149,7 @@ class Gan(Task):
 
     @torch.no_grad()
     def pictures(self) -> dict[str, str]:
-        """``"samples"``: 2 rows of 8 images, from the same noise in every run."""
+        """Return ``"samples"``: 2 rows of 8 images, from the same noise in every run."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(16, self.network.latent, generator=generator).to(self.device)
         images = pad(self.network.eval()(noise).cpu(), (0, 1, 0, 1), value=1.0)  # a white line between them
@@ -158,12 +163,9 @@ class Gan(Task):
 
 
 def _check(config: RunConfig, loss: str, features: str, samples: int) -> None:
-    if loss not in LOSSES:
-        raise ValueError(f"loss={loss!r} is unknown; known are {', '.join(LOSSES)}")
-    if type(samples) is not int or samples < 2:
-        raise ValueError(f"samples must be a whole number >= 2, got {samples!r}")
-    if features not in MODELS:
-        raise ValueError(f"features={features!r} is unknown; known are {', '.join(MODELS)}")
+    check_known("loss", loss, LOSSES)
+    check_whole("samples", samples, 2)
+    check_known("features", features, MODELS)
     if config.augment:
         raise ValueError("augment=True: a GAN would learn the black borders of random crops")
     if config.wrapper == "swa":
@@ -172,7 +174,7 @@ def _check(config: RunConfig, loss: str, features: str, samples: int) -> None:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Weights as constants, so that no gradient of theirs is computed."""
+    """Yield weights as constants, so that no gradient of theirs is computed."""
     module.requires_grad_(False)
     try:
         yield
@@ -191,13 +193,13 @@ class Gaussian(NamedTuple):
 
 
 def gaussian(features: Tensor) -> Gaussian:
-    """Mean and unbiased covariance of features ``(N, d)``, N >= 2."""
+    """Return the mean and unbiased covariance of features ``(N, d)``, N >= 2."""
     features = features.detach().to("cpu", torch.float64)
     return Gaussian(features.mean(0), features.T.cov())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    r"""Squared Fréchet (2-Wasserstein) distance of two Gaussians, the "FID" of Heusel et al. (NeurIPS 2017, eq. 6).
+    r"""Return the squared Fréchet distance of two Gaussians, the "FID" of Heusel et al. (NeurIPS 2017, eq. 6).
 
     .. math:: d^2 = |m_a - m_b|^2 + \mathrm{tr}\big(C_a + C_b - 2 (C_a C_b)^{1/2}\big)
 
@@ -237,16 +239,19 @@ class RealImages:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer of the classifier sees, ``(B, d)``, for images ``(B, C, H, W)`` in [0, 1]."""
+        """Return what the last layer of the classifier sees, ``(B, d)``, for images ``(B, C, H, W)`` in [0, 1]."""
         features: Tensor = self.body((images - self._mean) / self._std)
         return features
 
 
-def _classifier(dataset: str, train_size: int | None, model: str) -> RunConfig:
-    """The classifier behind the features: always trained in the same way, and by neither of the methods compared."""
-    return RunConfig(
-        dataset=dataset,
-        train_size=train_size,
+def classifier(gan: RunConfig, model: str) -> RunConfig:
+    """Configure the classifier behind the features of a GAN's images.
+
+    It is always trained in the same way, and by none of the methods compared.
+    """
+    return type(gan)(
+        dataset=gan.dataset,
+        train_size=gan.train_size,
         model=model,
         optimizer="sgd",
         optimizer_args={"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
@@ -256,16 +261,13 @@ def _classifier(dataset: str, train_size: int | None, model: str) -> RunConfig:
 
 
 @cache
-def real_images(dataset: str, train_size: int | None, model: str, device: str) -> RealImages:
-    """Train the classifier, five epochs of SGD, and look at the real images; once per process.
+def real_images(config: RunConfig, device: str) -> RealImages:
+    """Train a :func:`classifier` and look at the real images; once per process.
 
     Args:
-        dataset: name of a data set of images.
-        train_size: the subset that the GAN is trained on, and so the classifier.
-        model: the classifier.
-        device: where.
+        config: The classifier.
+        device: Where it lives.
     """
-    config = _classifier(dataset, train_size, model)
     with torch.random.fork_rng(), torch.enable_grad():  # the run that asks first must not notice
         torch.manual_seed(config.seed)
         task = Classification(config, torch.device(device))

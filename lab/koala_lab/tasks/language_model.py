@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from koala_lab import data
-from koala_lab.config import RunConfig
+from koala_lab.checks import check_number, check_whole
 from koala_lab.models.language import LANGUAGE_MODELS, State
-from koala_lab.tasks._base import Task, autocast, check_clip_norm
+from koala_lab.tasks._base import Task, autocast
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
 
 COLUMNS = 16  # of validation and test text, read side by side
 
@@ -55,6 +58,9 @@ class LanguageModel(Task):
         ValueError: for an option out of range, or a text shorter than one window.
     """
 
+    datasets = data.names(data.Text)
+    networks = LANGUAGE_MODELS
+
     def __init__(
         self,
         config: RunConfig,
@@ -65,14 +71,15 @@ class LanguageModel(Task):
         pieces: int = 0,
         evaluation_size: int = 0,
     ) -> None:
-        _check(config, sequence_length)
-        check_clip_norm(clip_norm)
-        for name, value in (("pieces", pieces), ("evaluation_size", evaluation_size)):
-            if type(value) is not int or value < 0 or value == 1:
-                raise ValueError(f"{name} must be 0 or a whole number >= 2, got {value!r}")
+        check_whole("sequence_length", sequence_length, 1)
+        check_number("clip_norm", clip_norm)
+        check_whole("pieces", pieces, 2, also=(0,))
+        check_whole("evaluation_size", evaluation_size, 2, also=(0,))
+        if config.augment:
+            raise ValueError("augment=True: there are no crops of a text")
         self.config, self.device = config, device
         self.sequence_length, self.clip_norm = sequence_length, clip_norm
-        self.data = data.load_text(config.dataset, device=device, train_size=config.train_size)
+        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
         if evaluation_size:
             parts = {name: getattr(self.data, name)[:evaluation_size] for name in ("validation", "test")}
             self.data = replace(self.data, **parts)
@@ -104,7 +111,7 @@ class LanguageModel(Task):
         return nats, tuple(s.detach() for s in state)
 
     def sample_losses(self, batch: Window) -> Tensor:
-        """Mean loss of each row of a window, ``(B,)``. Reading a window moves the state on to the next one."""
+        """Return the mean loss of each row of a window, ``(B,)``; reading it moves the state on to the next window."""
         nats, self.state = self._nats(self.network, batch, self.state)
         return nats.mean(1)
 
@@ -139,16 +146,11 @@ class LanguageModel(Task):
         self.state = tuple(state.values())
 
 
-def _check(config: RunConfig, sequence_length: int) -> None:
-    if type(sequence_length) is not int or sequence_length < 1:
-        raise ValueError(f"sequence_length must be a whole number >= 1, got {sequence_length!r}")
-    if config.augment:
-        raise ValueError("augment=True: there are no crops of a text")
-
-
 def _shares(steps: int, pieces: int) -> Tensor:
-    """What each step's loss counts in the means of an epoch and of its pieces, ``(steps, 1 + pieces)``; each column has
-    the mean 1."""
+    """Return the weight of each step's loss in the epoch's mean and in those of its pieces, ``(steps, 1 + pieces)``.
+
+    Each column has the mean 1.
+    """
     mine = torch.arange(steps)[:, None] * pieces // steps == torch.arange(pieces)
     return torch.cat([torch.ones(steps, 1), mine * steps / mine.sum(0)], dim=1)
 

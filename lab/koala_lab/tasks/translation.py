@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from koala_lab import data
-from koala_lab.config import RunConfig
+from koala_lab.checks import check_number, check_whole
 from koala_lab.data.formats import Array
 from koala_lab.data.pairs import EOS, PAD
 from koala_lab.models.beam import beam_search
 from koala_lab.models.translation import TRANSLATION_MODELS, EncoderDecoder
-from koala_lab.tasks._base import Task, autocast, check_clip_norm
+from koala_lab.tasks._base import Task, autocast
+
+if TYPE_CHECKING:
+    from koala_lab.config import RunConfig
 
 SHOWN = 3  # translations that a result quotes
 
@@ -61,6 +64,9 @@ class Translation(Task):
         ValueError: for an option out of range.
     """
 
+    datasets = data.names(data.Pairs)
+    networks = TRANSLATION_MODELS
+
     def __init__(
         self,
         config: RunConfig,
@@ -73,14 +79,19 @@ class Translation(Task):
         length_penalty: float = 0.6,
         test_size: int | None = None,
     ) -> None:
-        whole = {"max_tokens": max_tokens, "beam": beam, "test_size": test_size}
-        _check(config, whole, label_smoothing, length_penalty)
-        check_clip_norm(clip_norm)
+        check_whole("max_tokens", max_tokens, 1, also=(None,))
+        check_whole("beam", beam, 1)
+        check_whole("test_size", test_size, 1, also=(None,))
+        check_number("label_smoothing", label_smoothing, "in [0, 1)")
+        check_number("clip_norm", clip_norm)
+        check_number("length_penalty", length_penalty)
+        if config.augment:
+            raise ValueError("augment=True: there are no crops of a sentence")
         self.config, self.device = config, device
         self.label_smoothing, self.clip_norm, self.test_size = label_smoothing, clip_norm, test_size
         self.beam, self.length_penalty = beam, length_penalty
         self.max_tokens = math.inf if max_tokens is None else max_tokens
-        self.data = data.load_pairs(config.dataset, device=device, train_size=config.train_size)
+        self.data = data.load(config.dataset, device=device, train_size=config.train_size)
         self._lengths = lengths(self.data.train)
         self._read = np.flatnonzero(self._lengths <= self.max_tokens)
         if len(self._read) == 0:
@@ -94,7 +105,7 @@ class Translation(Task):
         self._measured: dict[str, Any] = {}
 
     def _cut(self, ascending: Array) -> list[slice]:
-        """Where the batches begin and end in a list of lengths; what is too long stands alone."""
+        """Return where the batches begin and end in a list of lengths; what is too long stands alone."""
         cuts = [0]
         for i, longest in enumerate(ascending.tolist()):
             rows = i + 1 - cuts[-1]
@@ -110,14 +121,14 @@ class Translation(Task):
             yield _batch(self.data.train, order[self._slices[k]])
 
     def _logits(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Scores of each token of the target, ``(B * T, vocabulary)``, float32."""
+        """Return the scores of each token of the target, ``(B * T, vocabulary)``, float32."""
         given = functional.pad(batch.target[:, :-1], (1, 0), value=EOS)
         with autocast(self.config, self.device):
             logits: Tensor = network(batch.source, given)
         return logits.flatten(0, 1).float()
 
     def sample_losses(self, batch: Batch) -> Tensor:
-        """Loss of each sentence, ``(B,)``; their mean is that of all tokens."""
+        """Return the loss of each sentence, ``(B,)``; their mean is that of all tokens."""
         nats = functional.cross_entropy(
             self._logits(self.network, batch),
             batch.target.flatten(),
@@ -186,26 +197,14 @@ class Translation(Task):
         return beam_search(log_probs, limits, **options)
 
     def provenance(self) -> dict[str, Any]:
-        """How BLEU was counted, and ``[source, reference, translation]`` of the first test sentences."""
+        """Return how BLEU was counted, and ``[source, reference, translation]`` of the first test sentences."""
         return self._measured
 
 
 def lengths(pairs: tuple[data.Sentences, data.Sentences]) -> Array:
-    """Number of tokens of the longer side of each pair."""
+    """Return the number of tokens of the longer side of each pair."""
     return np.maximum(pairs[0].lengths, pairs[1].lengths)
 
 
 def _batch(pairs: tuple[data.Sentences, data.Sentences], index: Array) -> Batch:
     return Batch(pairs[0].padded(index), pairs[1].padded(index), int(pairs[1].lengths[index].sum()))
-
-
-def _check(config: RunConfig, whole: dict[str, int | None], label_smoothing: float, length_penalty: float) -> None:
-    for name, value in whole.items():
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-    if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing < 1):
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
-    if not (isinstance(length_penalty, int | float) and 0 <= length_penalty < math.inf):
-        raise ValueError(f"length_penalty must be a finite number >= 0, got {length_penalty!r}")
-    if config.augment:
-        raise ValueError("augment=True: there are no crops of a sentence")

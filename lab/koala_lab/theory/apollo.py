@@ -55,14 +55,14 @@ class OnlineRun(NamedTuple):
         return self.floors / self.rates[:, None]
 
     def rounds_of_decrease(self, *, elementwise: bool = True) -> int:
-        """In how many rounds D_t / eta_t decreased in a coordinate, or its 1-norm did."""
+        """Count the rounds in which D_t / eta_t decreased in a coordinate, or its 1-norm did."""
         weights = self.weights if elementwise else self.weights.sum(1, keepdim=True)
         fell = weights[1:] < weights[:-1] * (1 - 1e-12)  # rounding
         return int(fell.any(1).sum())
 
 
 def rounds_of(problem: FiniteSum) -> Oracle:
-    """The online problem whose round t shows the t-th sample loss."""
+    """Return the online problem whose round t shows the t-th sample loss."""
 
     def oracle(t: int, theta: Tensor) -> tuple[Tensor, Tensor]:
         gradient, loss = torch.func.grad_and_value(lambda x: problem.losses(x)[t - 1])(theta)
@@ -83,7 +83,7 @@ def online_run(
     monotone: bool = True,
     ceiling: float = math.inf,
 ) -> OnlineRun:
-    """Algorithm 1 as the theorems have it, for one tensor.
+    """Run Algorithm 1 as the theorems have it, for one tensor.
 
     Args:
         oracle: f_t and its gradient.
@@ -133,16 +133,17 @@ class RegretBound(NamedTuple):
 
     @property
     def total(self) -> float:
+        """The whole right side of (12)."""
         return sum(self)
 
 
 def regret(run: OnlineRun, problem: FiniteSum) -> float:
-    """R_T = sum_t f_t(theta_t) - min_theta sum_t f_t(theta), for a convex problem of T sample losses."""
+    """Return R_T = sum_t f_t(theta_t) - min_theta sum_t f_t(theta), for a convex problem of T sample losses."""
     return float(run.losses.sum() - problem.losses(problem.minimiser()).sum())
 
 
 def regret_bound(run: OnlineRun, comparator: Tensor, *, sigma: float = 1.0) -> RegretBound:
-    """(12) with the D, G, beta and D_T that a run had.
+    """Evaluate (12) with the D, G, beta and D_T that a run had.
 
     Args:
         run: with monotone D_t / eta_t and monotone beta_t.
@@ -162,7 +163,7 @@ def regret_bound(run: OnlineRun, comparator: Tensor, *, sigma: float = 1.0) -> R
 
 
 def corollary_term(squared_diameter: float, lr: float, beta: float, decay: float) -> float:
-    """The last term of (13), which bounds that of (12) for beta_t = beta decay^(t-1), whatever T is.
+    """Return the last term of (13), which bounds that of (12) for beta_t = beta decay^(t-1), whatever T is.
 
     It is D^2 beta^2 / (2 eta (1 - beta) (1 - lambda^2)^2), since sum_t sqrt t lambda^(2(t-1)) <= (1 - lambda^2)^-2.
 
@@ -173,7 +174,7 @@ def corollary_term(squared_diameter: float, lr: float, beta: float, decay: float
 
 
 def weighted_sum(weights: Tensor, distances: Tensor) -> float:
-    r"""What the proof of (12) has to bound by :math:`D^2 \|D_T\|_1 / \eta_T`; derived.
+    r"""Return what the proof of (12) has to bound by :math:`D^2 \|D_T\|_1 / \eta_T`; derived.
 
     With :math:`w_t = D_t / \eta_t`, :math:`w_0 = 0` and :math:`x_t = \theta_t - \theta^*` it is :math:`\sum_t
     (w_t - w_{t-1})^\top x_t^2`, and it can be bounded so if no :math:`w_t - w_{t-1}` has a negative entry. Else it may
@@ -196,7 +197,7 @@ def weighted_sum(weights: Tensor, distances: Tensor) -> float:
 
 
 def rate_envelope(rounds: Tensor) -> Tensor:
-    """(1 + log T) / sqrt T, the trend of (14) with its unspecified constants left out.
+    """Return (1 + log T) / sqrt T, the trend of (14) with its unspecified constants left out.
 
     >>> rate_envelope(torch.tensor([1.0, 100.0]))
     tensor([1.0000, 0.5605])
@@ -205,8 +206,9 @@ def rate_envelope(rounds: Tensor) -> Tensor:
 
 
 def constant_of_the_rate(squared_gradients: Tensor) -> Tensor:
-    """The least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T, for every T; (14) says it is
-    bounded.
+    """Return the least C with min_{t <= T} E |grad f(theta_t)|^2 <= C (1 + log T) / sqrt T for every T.
+
+    (14) says that it is bounded.
 
     Args:
         squared_gradients: |grad f(theta_t)|^2 of several runs, (runs, T); their mean stands for the expectation.

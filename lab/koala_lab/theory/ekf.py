@@ -18,7 +18,7 @@ Matrix = Sequence[Sequence[float]]
 
 
 class Estimates(NamedTuple):
-    """What the filter believed; one row a step.
+    """What the filter believed; one row per step.
 
     Attributes:
         predicted: state x^_k (steps, d), where loss and gradient were taken.
@@ -61,7 +61,7 @@ def dense_filter(
         The estimates of all steps.
 
     Raises:
-        ValueError: if the matrices differ in shape, or ``samples`` has not one row a step.
+        ValueError: if the matrices differ in shape, or ``samples`` has not one row per step.
 
     >>> from koala_lab.theory.problems import quadratic
     >>> run = dense_filter(quadratic([1.0], start=[2.0]), 1, initial_covariance=[[0.5]], transition=[[1.0]],
@@ -74,7 +74,7 @@ def dense_filter(
         shapes = ", ".join(str(tuple(m.shape)) for m in small)
         raise ValueError(f"initial_covariance, transition and process_noise must have one shape, got {shapes}")
     if samples is not None and len(samples) != steps:
-        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
+        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row per step")
     n = len(problem.start)
     identity = torch.eye(n, dtype=torch.float64)
     P, F, Q = (torch.kron(matrix, identity) for matrix in small)

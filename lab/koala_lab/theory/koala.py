@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
 from koala_lib import kalman
 
 
@@ -28,7 +29,7 @@ class Bounds(NamedTuple):
     high: float
 
     def violation(self, values: Tensor) -> float:
-        """How far the farthest of the values lies outside, relative to the bound it breaks; 0 if none does.
+        """Return how far the farthest value lies outside, relative to the bound it breaks; 0 if none does.
 
         >>> Bounds(1.0, 4.0).violation(torch.tensor([0.9, 2.0, 5.0]))
         0.25
@@ -38,7 +39,7 @@ class Bounds(NamedTuple):
 
 
 def next_variance(variance: float, gradient_norm: float, process_noise: float, measurement_noise: float) -> float:
-    """P^_{k+1} = Q + R P^_k / (P^_k |g_k|^2 + R), eq. (13) and the prediction after it.
+    """Return P^_{k+1} = Q + R P^_k / (P^_k |g_k|^2 + R), eq. (13) and the prediction after it.
 
     Increasing in P^ and R, decreasing in |g|.
 
@@ -51,7 +52,7 @@ def next_variance(variance: float, gradient_norm: float, process_noise: float, m
 
 
 def variance_fixed_point(gradient_norm: float, process_noise: float, measurement_noise: float) -> float:
-    """pi(c) = (Q + sqrt(Q^2 + 4 Q R / c^2)) / 2, where P^ settles if every gradient has the norm c.
+    """Return pi(c) = (Q + sqrt(Q^2 + 4 Q R / c^2)) / 2, where P^ settles if every gradient has the norm c.
 
     Infinite for c = 0: without an observation P^ grows by Q a step.
 
@@ -65,7 +66,7 @@ def variance_fixed_point(gradient_norm: float, process_noise: float, measurement
 def variance_bounds(
     initial_variance: float, process_noise: float, measurement_noise: Bounds, gradient_norms: Bounds
 ) -> Bounds:
-    """Bounds on P^_k for all k >= 1, for any gradients with norms in [g, G] and any R_k in [R-, R+].
+    """Bound P^_k for all k >= 1, for any gradients with norms in [g, G] and any R_k in [R-, R+].
 
     min(P_0 + Q, pi(G; R-)) <= P^_k <= max(P_0 + Q, pi(g; R+)): the map of :func:`next_variance` is monotone, so no
     sequence gets past the fixed points of the extreme ones. Tight: constant sequences reach both.
@@ -80,7 +81,7 @@ def variance_bounds(
 
 
 def coarse_variance_bounds(process_noise: float, measurement_noise: Bounds, gradient_norms: Bounds) -> Bounds:
-    """Bounds on P^_k for k >= 2 that hold whatever P_0 was: Q + Q R- / (R- + Q G^2) <= P^_k <= Q + R+ / g^2.
+    """Bound P^_k for k >= 2, whatever P_0 was: Q + Q R- / (R- + Q G^2) <= P^_k <= Q + R+ / g^2.
 
     >>> coarse_variance_bounds(0.5, Bounds(1.0, 1.0), Bounds(0.5, 1.0))
     Bounds(low=0.8333333333333333, high=4.5)
@@ -90,7 +91,7 @@ def coarse_variance_bounds(process_noise: float, measurement_noise: Bounds, grad
 
 
 def gain_bounds(variance: Bounds, measurement_noise: Bounds, gradient_norms: Bounds) -> Bounds:
-    """Bounds on rho_k = P^_k / (P^_k |g_k|^2 + R_k), the gain of eq. (12) per unit of residual.
+    """Bound rho_k = P^_k / (P^_k |g_k|^2 + R_k), the gain of eq. (12) per unit of residual.
 
     Increasing in P^, decreasing in |g| and R. These two numbers make epsilon_k rho_k a step size as (26) needs it.
 
@@ -102,8 +103,8 @@ def gain_bounds(variance: Bounds, measurement_noise: Bounds, gradient_norms: Bou
 
 
 def gain(variance: Tensor, squared_norm: Tensor, measurement_noise: float) -> Tensor:
-    """rho = P^ / (P^ |g|^2 + R), elementwise."""
-    return variance / (variance * squared_norm + measurement_noise)
+    """Return rho = P^ / (P^ |g|^2 + R), elementwise."""
+    return variance / kalman.innovation_variance(variance, squared_norm, variance.new_tensor(measurement_noise))
 
 
 def descent_step(
@@ -118,7 +119,7 @@ def descent_step(
     target_risk: str,
     min_grad_norm: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """One step of KOALA-V in the form (26), with one block; the skip rule leaves x alone and adds Q to the variance.
+    """Make a step of KOALA-V in the form (26), with one block; a skipped one leaves x alone and adds Q to P.
 
     Args:
         x: x_{k-1}, shape (n,).
@@ -144,14 +145,13 @@ def descent_step(
         return x, variance + process_noise
     residual = _residual(loss, target_risk) * epsilon
     moved = x - residual * gain(variance, squared_norm, measurement_noise) * gradient
-    posterior = variance * measurement_noise / (variance * squared_norm + measurement_noise)
-    return moved, posterior + process_noise
+    posterior = kalman.condition_position(variance, squared_norm, variance.new_tensor(measurement_noise))
+    return moved, kalman.predict_position(posterior, variance.new_tensor(process_noise))
 
 
 def _residual(losses: Tensor, target_risk: str) -> Tensor:
-    """The residual of eqs. (27), (28) at epsilon = 1."""
-    if target_risk not in ("absolute", "relative"):
-        raise ValueError(f"target_risk must be 'absolute' or 'relative', got {target_risk!r}")
+    """Return the residual of eqs. (27), (28) at epsilon = 1."""
+    check_known("target_risk", target_risk, ("absolute", "relative"))
     return losses if target_risk == "relative" else torch.ones_like(losses)
 
 
@@ -161,7 +161,7 @@ def _residual(losses: Tensor, target_risk: str) -> Tensor:
 def stationary_variance(
     gradient_norms: Tensor, process_noise: float, measurement_noise: float, points: int = 200
 ) -> tuple[Tensor, Tensor]:
-    """Where P^_k settles at a fixed x if every step draws one of m samples at random.
+    """Find where P^_k settles at a fixed x if every step draws one of m samples at random.
 
     P^_k is then a Markov chain, one map :func:`next_variance` a sample. Its stationary distribution is computed on a
     logarithmic grid, each map's image shared between its two neighbours; no random number is drawn.
@@ -210,7 +210,7 @@ def stationary_variance(
 def mean_drift(
     losses: Tensor, gradients: Tensor, *, process_noise: float, measurement_noise: float, target_risk: str
 ) -> Tensor:
-    """E[rho_k g_k], target (a), or E[rho_k L_k g_k], target (b), at a fixed x: what -dx/d(sum epsilon) is on average.
+    """Return the mean of -dx/d(sum epsilon) at a fixed x: E[rho_k g_k], target (a), or E[rho_k L_k g_k], target (b).
 
     As epsilon_k -> 0, x moves ever more slowly and P^_k has the time to settle, so KOALA-V follows this field. It is
     **not** parallel to the gradient of the mean loss, since the gain rho_k belongs to the same minibatch as g_k.
@@ -231,15 +231,6 @@ def mean_drift(
     return ((mean_gain * _residual(losses, target_risk))[:, None] * gradients).mean(0)
 
 
-def small_gain_drift(losses: Tensor, gradients: Tensor, *, target_risk: str) -> Tensor:
-    """The limit of :func:`mean_drift` / P^ x R for P^ |g|^2 << R; arguments as there.
-
-    (a): E[g_k], the gradient of the mean loss. (b): E[L_k g_k], half the gradient of the mean *squared* minibatch loss,
-    so that is what target (b) minimises.
-    """
-    return (_residual(losses, target_risk)[:, None] * gradients).mean(0)
-
-
 class Rest(NamedTuple):
     """A point where a one-dimensional drift vanishes; it attracts where the drift increases."""
 
@@ -248,7 +239,7 @@ class Rest(NamedTuple):
 
 
 def resting_points(drift: Callable[[float], float], grid: Sequence[float], iterations: int = 50) -> list[Rest]:
-    """Zeros of a drift of one variable: sign changes between neighbours of the grid, halved ``iterations`` times.
+    """Find the zeros of a drift of one variable: sign changes on the grid, halved ``iterations`` times.
 
     >>> resting_points(lambda x: x * (x - 1) * (x + 1), [-1.5, -0.5, 0.5, 1.5])
     [Rest(x=-1.0, stable=True), Rest(x=0.0, stable=False), Rest(x=1.0, stable=True)]

@@ -12,24 +12,26 @@ without it. The conclusion E[f - f*] = O(1/t) survives with another constant.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
 from koala_lab.theory.problems import NoisyQuadratic
 from koala_lib import kalman
 from koala_lib.step_size import RULES, PredictedChange
 
 
 def _in_eigenbasis(hessian: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
+    """Return the eigenvalues h of H and the diagonal of the matrix in H's eigenbasis, both (n,)."""
     h, basis = torch.linalg.eigh(hessian)
     return h, (basis * (matrix @ basis)).sum(0)
 
 
 def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    r"""e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
+    r"""Return e_t for theta_{t+1} = theta_t - alpha m_t with m_t from the filter (15); derived.
 
     With :math:`A = I - \alpha H` and :math:`M_t = E[\nabla f_t \nabla f_t^\top]`, and :math:`C_t = -(I - A^t) \Sigma /
     (t + 1)` for the expectation of the gradient times the filter's error,
@@ -68,7 +70,7 @@ def filtered_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size:
 
 
 def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float, steps: int) -> Tensor:
-    """e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
+    """Return e_0, ..., e_T for theta_{t+1} = theta_t - alpha g_t; arguments as in :func:`filtered_excess`. Derived.
 
     Noise zero is gradient descent.
     """
@@ -82,7 +84,9 @@ def sgd_excess(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: floa
 
 
 def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
-    """Where :func:`sgd_excess` settles: 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis; alpha < 2 / L.
+    """Return the limit of :func:`sgd_excess`, 1/2 sum_i alpha Sigma_ii / (2 - alpha h_i) in H's eigenbasis.
+
+    It exists for alpha < 2 / L.
 
     >>> sgd_floor(torch.eye(1), torch.eye(1), step_size=1.0)
     0.5
@@ -92,7 +96,7 @@ def sgd_floor(hessian: Tensor, noise: Tensor, step_size: float) -> float:
 
 
 def excess_limit(hessian: Tensor, noise: Tensor) -> float:
-    """The limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
+    """Return the limit of t e_t, 1/2 tr(H^-1 Sigma), for every step size alpha < 2 / L; derived.
 
     Late in the run theta_t follows the zero of the filtered gradient, m = 0, whose gradient has the covariance P_t.
 
@@ -103,7 +107,7 @@ def excess_limit(hessian: Tensor, noise: Tensor) -> float:
 
 
 def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> float:
-    """E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), which (24) takes to be 0; derived.
+    """Return E[grad f_t . (m_t - grad f_t)] = - tr[(I - (I - alpha H)^t) Sigma] / (t + 1), 0 in (24); derived.
 
     >>> cross_term(torch.eye(1), torch.eye(1), step_size=0.5, t=1)
     -0.25
@@ -115,7 +119,7 @@ def cross_term(hessian: Tensor, noise: Tensor, step_size: float, t: int) -> floa
 def one_step_bound(
     excess: Tensor, hessian: Tensor, noise: Tensor, step_size: float, *, with_cross_term: bool
 ) -> Tensor:
-    r"""The right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
+    r"""Return the right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
 
     Printed: :math:`(1 - \alpha\mu) e_t + \frac{L\alpha^2}2 \mathrm{tr} P_t` with :math:`P_t = \Sigma/(t+1)`. With the
     cross term: :math:`(1 - \alpha\mu) e_t + \frac{C}{t+1}`, :math:`C = \alpha (1 - \frac{L\alpha}2) \mathrm{tr}\Sigma`
@@ -123,7 +127,9 @@ def one_step_bound(
 
     Args:
         excess: e_0, ..., e_T, (T + 1,).
-        hessian, noise, step_size: H, Sigma, alpha.
+        hessian: H.
+        noise: Sigma.
+        step_size: alpha.
         with_cross_term: which of the two.
 
     Returns:
@@ -142,12 +148,12 @@ class HyperbolicBound(NamedTuple):
     constant: float
 
     def at(self, t: Tensor) -> Tensor:
-        """constant / t, elementwise, in float64."""
+        """Return constant / t, elementwise, in float64."""
         return self.constant / t.double()
 
 
 def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
-    """a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
+    """Iterate a_0 = first, a_{t+1} = (1 - c) a_t + d / (t + 1) (Lemma 1); shape (steps + 1,), float64.
 
     >>> lemma_sequence(0.5, 1.0, 4.0, 2)
     tensor([4., 3., 2.], dtype=torch.float64)
@@ -159,7 +165,7 @@ def lemma_sequence(c: float, d: float, first: float, steps: int) -> Tensor:
 
 
 def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
-    """The constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
+    """Return the constants of Lemma 1's proof (30), for 0 < c < 1 and d > 0.
 
     t_0 is the first index with c - (1 - c) / t > 0, and M = max(t_0 a_{t_0}, d / (c - (1 - c) / t_0)). Then
     M (c - (1 - c) / t) >= d for t >= t_0 (31), so that a_t <= M / t implies a_{t+1} <= M / (t + 1) (32).
@@ -180,7 +186,7 @@ def lemma_bound(c: float, d: float, first: float) -> HyperbolicBound:
 
 
 def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_size: float) -> HyperbolicBound:
-    """Proposition 1 with its constants: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
+    """Evaluate Proposition 1: :func:`lemma_bound` for c = alpha mu and the C of :func:`one_step_bound`.
 
     Raises:
         ValueError: unless 0 < alpha <= 1 / L, or where alpha mu = 1, for which the lemma says nothing.
@@ -196,8 +202,115 @@ def proposition_bound(hessian: Tensor, noise: Tensor, gradient: Tensor, step_siz
 # ---- simulation --------------------------------------------------------------------------------------------------
 
 
+class Minibatch(NamedTuple):
+    """What a step sees; all runs side by side."""
+
+    problem: NoisyQuadratic
+    theta: Tensor  # weights (runs, n)
+    moved: Tensor  # d, their last displacement (runs, n)
+    losses: Tensor  # of the samples (runs, B)
+    gradients: Tensor  # of the samples (runs, B, n)
+    smoothing: float  # beta, of corrected averages
+    weight: Tensor  # 1 - beta^t, of the average at this step t = 1, 2, ...
+
+    @property
+    def loss(self) -> Tensor:
+        """Minibatch loss y (runs,)."""
+        return self.losses.mean(1)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Minibatch gradient g (runs, n)."""
+        return self.gradients.mean(1)
+
+    def average(self, before: Tensor, value: Tensor) -> Tensor:
+        """Return the corrected average of what one run after the other saw."""
+        return kalman.corrected_average(before, value, self.weight, self.smoothing)
+
+
+class Belief(NamedTuple):
+    """What is followed, and what is believed about it; all runs side by side."""
+
+    gradient: Tensor  # m (runs, n)
+    covariance: Tensor  # P (n, n), or its scalar (runs,)
+    value: Tensor  # u (runs,)
+    value_variance: Tensor  # s (runs,)
+    noises: tuple[Tensor, Tensor] | None = None  # sigma and r (runs,), where they are measured
+
+
+def _along(covariance: Tensor, direction: Tensor) -> Tensor:
+    """Return v^T P v (runs,) of directions v (runs, n), for P (n, n) or P = p I with p (runs,)."""
+    if covariance.dim() == 1:
+        return covariance * (direction * direction).sum(1)
+    return (direction @ covariance * direction).sum(1)
+
+
+def _filter_value(batch: Minibatch, before: Belief, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u and s by the function-value filter (16) and (20)."""
+    d, zero = batch.moved, torch.zeros_like(before.value)
+    slope, curvature = (before.gradient * d).sum(1), (d @ batch.problem.hessian * d).sum(1)
+    along = _along(before.covariance, d)
+    predicted = kalman.predict_value(before.value, before.value_variance, slope, curvature, along, zero)
+    after = kalman.condition_value(*predicted, batch.loss, noise)
+    return after.value, after.variance
+
+
+def _full(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return grad f: gradient descent."""
+    zero = torch.zeros_like(batch.loss)
+    return Belief(batch.problem.gradient(batch.theta), torch.zeros_like(batch.problem.hessian), zero, zero)
+
+
+def _sample(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return the minibatch gradient: SGD."""
+    problem, size = batch.problem, batch.losses.shape[1]
+    noise = problem.loss_noise(batch.theta, size)
+    return Belief(batch.gradient, problem.gradient_noise(size), batch.loss, noise)
+
+
+def _momentum(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return 0.9 m + 0.1 g from m = 0: momentum SGD with the rate alpha / 10, so that alpha means the same."""
+    average = torch.zeros_like(batch.theta) if before is None else before.gradient
+    return _sample(batch, before)._replace(gradient=torch.lerp(batch.gradient, average, 0.9))
+
+
+def _filtered(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return m_t of MEKA by (15), from m_0 = g_0, P_0 = Sigma, with all covariances known and full."""
+    seen = _sample(batch, before)
+    if before is None:
+        return seen
+    u, s = _filter_value(batch, before, seen.value_variance)
+    transported = before.gradient + batch.moved @ batch.problem.hessian
+    m, P, _ = kalman.condition_gradient(transported, before.covariance, batch.gradient, seen.covariance)
+    return Belief(m, P, u, s)
+
+
+def _measured(batch: Minibatch, before: Belief | None) -> Belief:
+    """Return m_t of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the minibatch."""
+    if before is None:
+        zero = torch.zeros_like(batch.loss)
+        before = Belief(torch.zeros_like(batch.theta), zero + 1e4, zero, zero + 1e4, (zero, zero))
+    size = batch.losses.shape[1]
+    spread = batch.gradients.var(1).mean(1) / size, batch.losses.var(1) / size
+    assert before.noises is not None
+    sigma, r = (batch.average(old, new) for old, new in zip(before.noises, spread, strict=True))
+    u, s = _filter_value(batch, before, r)
+    transported = before.gradient + batch.moved @ batch.problem.hessian
+    m = torch.lerp(transported, batch.gradient, kalman.gain(before.covariance, sigma)[:, None])
+    return Belief(m, kalman.condition_variance(before.covariance, sigma), u, s, (sigma, r))
+
+
+GRADIENTS: Final[dict[str, Callable[[Minibatch, Belief | None], Belief]]] = {
+    "full": _full,
+    "sample": _sample,
+    "momentum": _momentum,
+    "filtered": _filtered,
+    "measured": _measured,
+}
+
+
 def descend(problem: NoisyQuadratic, steps: int, step_size: float | str, **options: Any) -> Tensor:
-    """Runs on the noisy quadratic, side by side: f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
+    """Run on the noisy quadratic, side by side; return f(theta_t) - f* for t = 0, ..., T, shape (T + 1, runs).
 
     Arguments and errors are those of :func:`trajectories`, which gives the weights.
     """
@@ -215,77 +328,52 @@ def trajectories(
     seed: int = 0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Runs on the noisy quadratic, side by side.
+    """Run on the noisy quadratic, side by side.
 
     Args:
-        problem: the problem.
+        problem: The problem.
         steps: T.
-        step_size: a fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
-        gradient: what is followed: ``"full"`` is grad f (gradient descent), ``"sample"`` the minibatch gradient (SGD),
-            ``"momentum"`` its average 0.9 m + 0.1 g (momentum SGD with the rate alpha / 10, so that alpha means the
-            same), ``"filtered"`` the m_t of MEKA by eq. (15), from m_0 = g_0, P_0 = Sigma, with all covariances known
-            and full, ``"measured"`` that of the optimizer :class:`koala_lib.Meka`, with scalar covariances from the
-            minibatch, whose B must be >= 2.
+        step_size: A fixed alpha, or ``"pi"``, ``"quadratic"`` or ``"ei"`` (at most 1 without an optimum).
+        gradient: What is followed, a name of ``GRADIENTS``: ``"full"`` (gradient descent), ``"sample"`` (SGD),
+            ``"momentum"``, ``"filtered"`` (MEKA with known covariances), ``"measured"`` (MEKA as it is; B >= 2).
         batch_size: B.
-        runs: number of independent runs.
-        seed: of all samples; the same for every kind of gradient.
-        smoothing: coefficient of the corrected average of the chosen alpha, and of the measured variances.
+        runs: Number of independent runs.
+        seed: Of all samples; the same for every kind of gradient.
+        smoothing: Coefficient of the corrected average of the chosen alpha, and of the measured variances.
 
     Returns:
         theta_t for t = 0, ..., T, shape (T + 1, runs, n).
 
     Raises:
-        ValueError: for another ``gradient`` or ``step_size``, or variances to be measured in one sample.
+        ValueError: For another ``gradient`` or ``step_size``, or variances to be measured in one sample.
     """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be {', '.join(map(repr, GRADIENTS[:-1]))} or 'measured', got {gradient!r}")
-    if isinstance(step_size, str) and step_size not in RULES:
-        raise ValueError(f"step_size must be a number or one of {', '.join(map(repr, RULES))}, got {step_size!r}")
+    check_known("gradient", gradient, GRADIENTS)
+    if isinstance(step_size, str):
+        check_known("step_size", step_size, RULES)
     if gradient == "measured" and batch_size < 2:
         raise ValueError(f"measured variances need batch_size >= 2, got {batch_size}")
-    H, Sigma = problem.hessian, problem.gradient_noise(batch_size)
     generator = torch.Generator().manual_seed(seed)
     theta = problem.start.expand(runs, -1)
-    d, P, zero = torch.zeros_like(theta), torch.zeros_like(H), theta.new_zeros(runs)
-    sigma, alpha, p = zero, zero, zero + 1e4
-    m, u, s, r = torch.zeros_like(theta), zero, p, zero
+    d, alpha, belief = torch.zeros_like(theta), theta.new_zeros(runs), None
     path = [theta]
-    for t in range(steps):
+    for t in range(1, steps + 1):
         shift = theta[:, None] - problem.draw(runs, batch_size, generator=generator)
-        losses, gradients = problem.excess(shift), problem.gradient(shift)
-        y, g, share = losses.mean(1), gradients.mean(1), theta.new_tensor(1 - smoothing ** (t + 1))
-        if gradient == "measured":
-            measured = gradients.var(1).mean(1) / batch_size, losses.var(1) / batch_size
-            sigma = kalman.corrected_average(sigma, measured[0], share, smoothing)
-            r = kalman.corrected_average(r, measured[1], share, smoothing)
-        else:
-            r = problem.loss_noise(theta, batch_size)
-        if gradient == "full":
-            m, s = problem.gradient(theta), zero
-        elif gradient == "measured":
-            change_of_slope = (d @ H * d).sum(1)
-            predicted = kalman.predict_value(u, s, (m * d).sum(1), change_of_slope, p * (d * d).sum(1), zero)
-            u, s, _ = kalman.condition_value(*predicted, y, r)
-            m = torch.lerp(m + d @ H, g, kalman.gain(p, sigma)[:, None])
-            p = kalman.condition_variance(p, sigma)
-        elif t == 0 or gradient in ("sample", "momentum"):
-            m = torch.lerp(g, m, 0.9) if gradient == "momentum" else g
-            P, u, s = Sigma, y, r
-        else:
-            predicted = kalman.predict_value(u, s, (m * d).sum(1), (d @ H * d).sum(1), (d @ P * d).sum(1), zero)
-            u, s, _ = kalman.condition_value(*predicted, y, r)
-            m, P, _ = kalman.condition_gradient(m + d @ H, P, g, Sigma)
+        weight = theta.new_tensor(1 - smoothing**t)
+        batch = Minibatch(problem, theta, d, problem.excess(shift), problem.gradient(shift), smoothing, weight)
+        belief = GRADIENTS[gradient](batch, belief)
         if isinstance(step_size, str):
-            slope_variance = p * (m * m).sum(1) if gradient == "measured" else (m @ P * m).sum(1)
-            change = PredictedChange((m * m).sum(1), (m @ H * m).sum(1), s, slope_variance, zero)
-            optimum = RULES[step_size](change, 1.0)
-            alpha = kalman.corrected_average(alpha, optimum, share, smoothing)
-            d = -alpha[:, None] * m
+            alpha = batch.average(alpha, _optimum(step_size, belief, problem.hessian))
+            d = -alpha[:, None] * belief.gradient
         else:
-            d = -step_size * m
+            d = -step_size * belief.gradient
         theta = theta + d
         path.append(theta)
     return torch.stack(path)
 
 
-GRADIENTS = ("full", "sample", "momentum", "filtered", "measured")
+def _optimum(rule: str, belief: Belief, hessian: Tensor) -> Tensor:
+    """Return the step size of a rule along the negative gradient, at most 1 where there is no optimum; (runs,)."""
+    m, zero = belief.gradient, torch.zeros_like(belief.value)
+    slope, curvature = (m * m).sum(1), (m @ hessian * m).sum(1)
+    change = PredictedChange(slope, curvature, belief.value_variance, _along(belief.covariance, m), zero)
+    return RULES[rule](change, 1.0)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from koala_lab.checks import check_known
+
 
 @dataclass(frozen=True)
 class FiniteSum:
@@ -34,11 +36,11 @@ class FiniteSum:
         return self.losses(x), torch.func.jacrev(self.losses)(x)
 
     def gradient(self, x: Tensor | Sequence[float]) -> Tensor:
-        """Gradient (n,) of the mean loss at a point (n,)."""
+        """Return the gradient (n,) of the mean loss at a point (n,)."""
         return self.at(x)[1].mean(0)
 
     def minimiser(self) -> Tensor:
-        """Where the mean loss of a convex problem is smallest, (n,), found numerically from the start.
+        """Find where the mean loss of a convex problem is smallest, (n,), numerically from the start.
 
         >>> two_samples().minimiser()
         tensor([-0.3333], dtype=torch.float64)
@@ -59,7 +61,7 @@ class FiniteSum:
 
 
 class Trace(NamedTuple):
-    """What an optimizer saw at the points where it took gradients; one row a step.
+    """What an optimizer saw at the points where it took gradients; one row per step.
 
     Attributes:
         points: x^_k (steps, n), the predicted points.
@@ -103,14 +105,14 @@ def follow(
         The record of all steps.
 
     Raises:
-        ValueError: if ``samples`` has not one row a step, or ``sizes`` do not add up to n.
+        ValueError: if ``samples`` has not one row per step, or ``sizes`` do not add up to n.
 
     >>> run = follow(quadratic([2.0], start=[1.0]), torch.optim.SGD, 2, epsilon=lambda k: 0.5 / k)
     >>> run.points.flatten(), run.last
     (tensor([1., 0.], dtype=torch.float64), tensor([0.], dtype=torch.float64))
     """
     if samples is not None and len(samples) != steps:
-        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row a step")
+        raise ValueError(f"samples has {len(samples)} rows for {steps} steps; give one row per step")
     start = torch.tensor(problem.start, dtype=torch.float64)
     cuts = list(sizes or problem.sizes or [len(start)])
     if sum(cuts) != len(start):
@@ -149,7 +151,7 @@ def follow(
 
 
 def quadratic(curvatures: Sequence[float], *, minimum: float = 0.0, start: Sequence[float] | None = None) -> FiniteSum:
-    """One loss, minimum + 1/2 sum_j h_j x_j^2, with its minimum at 0; starts at ones by default.
+    """Make the one loss minimum + 1/2 sum_j h_j x_j^2, smallest at 0; starts at ones by default.
 
     >>> quadratic([1.0, 4.0], minimum=0.5).at([2.0, 1.0])
     (tensor([4.5000], dtype=torch.float64), tensor([[2., 4.]], dtype=torch.float64))
@@ -162,7 +164,7 @@ def quadratic(curvatures: Sequence[float], *, minimum: float = 0.0, start: Seque
 
 
 def linear(slopes: Tensor, offsets: Tensor, *, start: Sequence[float] | None = None) -> FiniteSum:
-    """Losses l_i(x) = offset_i + slope_i . x, whose gradients are what one wants them to be; starts at 0 by default.
+    """Make losses l_i(x) = offset_i + slope_i . x, with gradients chosen by the caller; starts at 0 by default.
 
     >>> linear(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0])).at([1.0, 1.0])
     (tensor([8.], dtype=torch.float64), tensor([[3., 4.]], dtype=torch.float64))
@@ -172,7 +174,7 @@ def linear(slopes: Tensor, offsets: Tensor, *, start: Sequence[float] | None = N
 
 
 def logistic(samples: int = 40, *, l2: float = 0.1) -> FiniteSum:
-    """Logistic regression in two dimensions: Lipschitz gradient, no closed-form minimum, positive minimum value.
+    """Make a logistic regression in two dimensions: Lipschitz gradient, no closed-form minimum, positive minimum value.
 
     Sample i has the features (sin 2i, cos 3i) and the label +1 or -1 of sin 2i + 0.5 cos 3i + 0.5 sin 7i > 0, so no
     line separates the classes: l_i = log(1 + exp(-label_i feature_i . x)) + l2/2 |x|^2.
@@ -186,7 +188,7 @@ def logistic(samples: int = 40, *, l2: float = 0.1) -> FiniteSum:
 
 
 def least_squares(samples: int = 40) -> FiniteSum:
-    """Linear regression on two weights whose features differ in size, so that the mean loss is a long valley.
+    """Make a linear regression on two weights whose features differ in size: the mean loss is a long valley.
 
     Sample i has the features (3 sin 2i, 0.5 cos 3i) and the observation feature_i . (1, 1) + 0.3 sin 7i:
     l_i = 1/2 (feature_i . x - observation_i)^2.
@@ -198,7 +200,7 @@ def least_squares(samples: int = 40) -> FiniteSum:
 
 
 def tanh_network(inputs: Tensor, labels: Tensor, *, hidden: int = 16, seed: int = 0) -> FiniteSum:
-    """Cross-entropy of a network with one hidden layer, W2 tanh(W1 x + b1) + b2, as a function of all its weights.
+    """Make the cross-entropy of a network with one hidden layer, W2 tanh(W1 x + b1) + b2, in all its weights.
 
     Args:
         inputs: (m, inputs), one sample a row.
@@ -224,7 +226,7 @@ def tanh_network(inputs: Tensor, labels: Tensor, *, hidden: int = 16, seed: int 
 
 
 def two_samples(start: float = 1.5) -> FiniteSum:
-    """l_1 = (x - 1)^2 + 0.5 and l_2 = 2 (x + 1)^2 + 0.1: the mean loss is smallest at -1/3, the mean square at -0.191.
+    """Make (x - 1)^2 + 0.5 and 2 (x + 1)^2 + 0.1: the mean loss is smallest at -1/3, the mean square at -0.191.
 
     >>> two_samples().gradient([-1 / 3]).abs().item() < 1e-12
     True
@@ -233,7 +235,7 @@ def two_samples(start: float = 1.5) -> FiniteSum:
 
 
 def bounded_slopes(offset: float = 5.0, start: float = 1.0) -> FiniteSum:
-    """Three losses whose slopes stay between 0.5 and 2.5 in size at *every* x, with a mean that has its minimum at 0.
+    """Make three losses whose slopes stay between 0.5 and 2.5 in size at *every* x; their mean is smallest at 0.
 
     l_1 = l_2 = offset + x + c(x) and l_3 = offset - 2 x + c(x) with c = 1/2 log cosh x: the gradients are Lipschitz and
     fulfil g <= |dl_i/dx| <= G with g = 0.5, G = 2.5; the mean loss is offset + c(x).
@@ -262,7 +264,7 @@ _ONLINE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {  # features, 
 
 
 def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> FiniteSum:
-    """A random convex online problem, whose loss of round t is the t-th of the sum.
+    """Make a random convex online problem, whose loss of round t is the t-th of the sum.
 
     Args:
         kind: ``"squares"`` of a linear model; ``"alternating"``, the same with a curvature that changes by a factor of
@@ -270,7 +272,11 @@ def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> Finit
         rounds: T.
         n: number of weights; their features' scales go from 0.1 to 3.
         seed: of features, observations and start.
+
+    Raises:
+        ValueError: For another kind.
     """
+    check_known("kind", kind, _ONLINE)
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** torch.linspace(-1, 0.5, n, dtype=torch.float64)
     A = torch.randn(rounds, n, generator=generator, dtype=torch.float64) * scales
@@ -280,12 +286,12 @@ def random_online(kind: str, rounds: int, *, n: int = 4, seed: int = 0) -> Finit
 
 
 def wells_slope(x: Tensor) -> Tensor:
-    """The gradient of f = sum_j x_j^2 / (1 + x_j^2), which is nonconvex with bounded slopes; elementwise."""
+    """Return the gradient of f = sum_j x_j^2 / (1 + x_j^2), which is nonconvex with bounded slopes; elementwise."""
     return 2 * x / (1 + x**2) ** 2
 
 
 def noisy_wells(generator: torch.Generator) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
-    """Round t, x (n,) -> f and its gradient with noise that is uniform in [-1, 1]; f as in :func:`wells_slope`."""
+    """Return round t, x (n,) -> f and its gradient with noise uniform in [-1, 1]; f as in :func:`wells_slope`."""
 
     def oracle(t: int, x: Tensor) -> tuple[Tensor, Tensor]:
         noise = 2 * torch.rand(x.shape, generator=generator, dtype=x.dtype) - 1
@@ -314,32 +320,32 @@ class NoisyQuadratic:
     start: Tensor
 
     def excess(self, theta: Tensor) -> Tensor:
-        """f - f*, (..., n) -> (...)."""
+        """Return f - f*, (..., n) -> (...)."""
         value: Tensor = (theta @ self.hessian * theta).sum(-1) / 2
         return value
 
     def gradient(self, theta: Tensor) -> Tensor:
-        """grad f, (..., n) -> (..., n)."""
+        """Return grad f, (..., n) -> (..., n)."""
         return theta @ self.hessian
 
     def gradient_noise(self, batch_size: int) -> Tensor:
-        """Sigma = H C H / B, (n, n), the covariance of the minibatch gradient."""
+        """Return Sigma = H C H / B, (n, n), the covariance of the minibatch gradient."""
         return self.hessian @ self.covariance @ self.hessian / batch_size
 
     def loss_noise(self, theta: Tensor, batch_size: int) -> Tensor:
-        """r, the variance of the minibatch loss: (theta^T H C H theta + 1/2 tr (H C)^2) / B, (..., n) -> (...)."""
+        """Return the minibatch loss's variance r = (theta^T H C H theta + 1/2 tr (H C)^2) / B, (..., n) -> (...)."""
         constant: Tensor = (self.hessian @ self.covariance).matrix_power(2).trace() / 2
         linear: Tensor = (theta @ self.gradient_noise(1) * theta).sum(-1)
         return (linear + constant) / batch_size
 
     def draw(self, *shape: int, generator: torch.Generator) -> Tensor:
-        """Samples xi, (*shape, n)."""
+        """Draw samples xi, (*shape, n)."""
         normal = torch.randn(*shape, len(self.start), generator=generator, dtype=self.start.dtype)
         factor: Tensor = torch.linalg.cholesky(self.covariance)
         return normal @ factor.T
 
     def model(self) -> torch.nn.Module:
-        """theta as a module, for optimizers that run the forward pass themselves: xi (B, n) -> theta - xi."""
+        """Wrap theta as a module, for optimizers that run the forward pass themselves: xi (B, n) -> theta - xi."""
         return _Shift(self.start.clone())
 
     def loss_fn(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -359,7 +365,7 @@ class _Shift(torch.nn.Module):
 def noisy_quadratic(
     n: int = 20, *, condition: float = 1000.0, noise: float = 1.0, distance: float = 1.0, seed: int = 0
 ) -> NoisyQuadratic:
-    """A Hessian with random eigenvectors and eigenvalues from 1 / condition to 1, evenly spread in the logarithm.
+    """Draw a problem whose Hessian has eigenvalues from 1 / condition to 1, evenly spread in the logarithm.
 
     Args:
         n: number of weights.

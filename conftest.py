@@ -1,6 +1,7 @@
 """One pytest run, one fresh store: notebooks under nbval train again and leave no trace in the repository.
 
-Kernels and xdist workers inherit the environment, so that all of them share the store and train each run once.
+Kernels and xdist workers inherit the environment, so that all of them share the store and train each run once. The
+verdicts are copied to where KOALA_KEEP_VERDICTS says, if it is set: `tests/processors.sh` compares them.
 """
 
 from __future__ import annotations
@@ -27,4 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _FOLDER in config.stash:
+        verdicts, kept = config.stash[_FOLDER] / "report" / "verdicts", os.environ.get("KOALA_KEEP_VERDICTS")
+        if kept and verdicts.exists():
+            shutil.copytree(verdicts, Path(kept) / "verdicts", dirs_exist_ok=True)
         shutil.rmtree(config.stash[_FOLDER], ignore_errors=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run unit tests and notebooks as other processors would, and name what fails.
+# Run unit tests and notebooks as other processors would; name what fails, and the committed verdicts that flip.
 #
 #   tests/processors.sh                 every kind below, one after the other (about 15 minutes each on two cores)
 #   tests/processors.sh old one-core    these kinds
@@ -33,7 +33,8 @@ done
 
 status=0
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+kept=$(mktemp -d)
+trap 'rm -rf "$log" "$kept"' EXIT
 
 check() { # check KIND WHAT PYTEST-ARGUMENTS...
   local kind=$1 what=$2 pinned=() parallel=(-n "$jobs")
@@ -54,7 +55,10 @@ for kind in "${chosen[@]}"; do
     check "$kind" "unit tests" "${@:2}"
   else
     check "$kind" "unit tests"
+    export KOALA_KEEP_VERDICTS=$kept/$kind
     check "$kind" notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1200 --dist loadscope notebooks
+    KOALA_REPORT=$KOALA_KEEP_VERDICTS "$python" -c 'from koala_lab import report; print(*report.differences(), sep="\n")' |
+      sed "s/^/$kind, verdict: /"
   fi
 done
 exit $status

@@ -241,6 +241,21 @@ def test_candidates_of_a_pilot_are_compared_on_the_seeds_that_all_have(bar: Path
     assert "of at least 5 seeds" in verdict_of(wrong, ordering(rates={"a": "own", "b": "own"})).detail
 
 
+def test_a_shorter_pilot_chooses_and_the_long_run_is_judged(bar: Path) -> None:
+    rates = {"a": "own", "b": "own"}
+    tried = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0}).assign(epochs=1)
+    pilot = tried[tried["seed"] == 0].assign(candidate=lambda f: f["candidate"] + 1)
+    long = runs({"a": {0.1: around(1.0)}, "b": {0.1: around(3.0)}})
+    verdict = verdict_of(pd.concat([long, pilot]), ordering(rates=rates))
+    assert (verdict.status, verdict.rates) == ("reproduced", "by validation: a 0.1, b 0.1")
+    assert float(verdict.measured.split()[0]) == pytest.approx(np.mean(around(3.0)) - np.mean(around(1.0)), abs=1e-3)
+    other = runs({"a": {0.1: around(1.0)}, "b": {0.01: around(0.5)}})  # long, so better than all of the pilot
+    verdict = verdict_of(pd.concat([other, pilot]), ordering(rates=rates))
+    assert verdict.detail == "b was not trained at the rate that its pilot chose, 0.1"
+    shown = claims.chosen(pd.concat([other, pilot]))
+    assert shown[["row", "lr", "epochs"]].drop_duplicates().values.tolist() == [["a", 0.1, 5], ["b", 0.1, 1]]
+
+
 # ---- the simple models
 
 

@@ -93,7 +93,8 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
 
     ``printed`` is the first candidate. ``own`` is that with the smallest mean of the validation metric over the seeds
     that all candidates of the row have, a failed run counting as infinitely bad; it must lie inside its grid, and all
-    rows that choose must have equally many candidates. The name of another row means that row's rate.
+    rows that choose must have equally many candidates. Where candidates differ in length, the shorter runs are the
+    pilot: they choose, and the rate is judged by its long run. The name of another row means that row's rate.
 
     Args:
         case: Part of a table.
@@ -102,7 +103,7 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
     """
     how = {row: rates.get(row, "printed") for row in rows}
     found = {row: _own(case, row) for row in case["row"].unique() if row in {*how.values()} or how.get(row) == "own"}
-    budgets = {row: int(case.loc[case["row"] == row, "candidate"].nunique()) for row in found}
+    budgets = {row: int(_tried(case[case["row"] == row])["candidate"].nunique()) for row in found}
     unequal = len(set(budgets.values())) > 1
     text = ", ".join(f"{row} {n}" for row, n in budgets.items())
     doubt = f"unequal numbers of candidate rates: {text}" if unequal else ""
@@ -122,17 +123,27 @@ def choose(case: pd.DataFrame, rates: Mapping[str, str], rows: Iterable[str]) ->
 def _own(case: pd.DataFrame, row: str) -> Choice:
     mine = case[case["row"] == row]
     metric = next((m for m in VALIDATION if m in mine and mine[m].notna().any()), "")
-    rates = _candidates(mine)
+    tried = _tried(mine)
+    rates = _candidates(tried)
     if not metric or len(rates) < 3:
         why = "no validation metric" if not metric else f"{max(len(rates), 1)} of at least 3 candidate rates"
         return Choice(0, rates.get(0, math.nan), f"the rate of {row} cannot be chosen: {why}")
-    wide = mine.pivot(index="seed", columns="candidate", values="status").dropna()
-    shared = mine[mine["seed"].isin(wide.index)]
+    wide = tried.pivot(index="seed", columns="candidate", values="status").dropna()
+    shared = tried[tried["seed"].isin(wide.index)]
     scores = shared[metric].fillna(math.inf).groupby(shared["candidate"]).mean()
     best = min(rates, key=lambda k: float(scores[k]))
     edge = rates[best] in (min(rates.values()), max(rates.values()))
     doubt = f"the best rate of {row}, {rates[best]:g}, lies at the edge of its grid" if edge else ""
-    return Choice(best, rates[best], doubt)
+    full = _candidates(mine[mine["epochs"] == mine["epochs"].max()])
+    if rates[best] not in full.values():
+        return Choice(0, rates[best], f"{row} was not trained at the rate that its pilot chose, {rates[best]:g}")
+    return Choice(next(k for k in full if full[k] == rates[best]), rates[best], doubt)
+
+
+def _tried(mine: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of one row that its rate is chosen by: the pilot, where that is shorter than the rest."""
+    shorter = mine[mine["epochs"] < mine["epochs"].max()]
+    return mine if shorter.empty else shorter
 
 
 def _candidates(mine: pd.DataFrame) -> dict[int, float]:
@@ -158,11 +169,17 @@ def _rates(choices: Mapping[str, Choice], claim: Claim) -> str:
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the part of a table at each row's own best candidate, per data set and network; rows with one keep it."""
+    """Return the part of a table at each row's own best candidate, per data set and network; rows with one keep it.
+
+    A row that was not trained at the rate that its pilot chose is there with the pilot's run at it.
+    """
     kept = []
     for _, case in _by_case(frame):
         for row in case["row"].unique():
-            kept.append(case[(case["row"] == row) & (case["candidate"] == _own(case, row).candidate)])
+            mine, choice = case[case["row"] == row], _own(case, row)
+            best = mine[mine["candidate"] == choice.candidate]
+            untrained = "lr" in mine and choice.lr == choice.lr and choice.lr not in set(best["lr"])
+            kept.append(mine[mine["lr"] == choice.lr] if untrained else best)
     return pd.concat(kept) if kept else frame
 
 

@@ -18,8 +18,8 @@ from koala_lab import runs
 from koala_lab.baselines.registry import OPTIMIZERS
 from koala_lab.bench import compiled as bench_fused
 from koala_lab.bench import meka as bench_meka
+from koala_lab.bench import small, timing
 from koala_lab.bench import steps as bench
-from koala_lab.bench import timing
 from koala_lab.bench.timing import interleave, now
 from koala_lab.bench.traffic import Factory, Traffic, memory, peak, step, traffic
 from koala_lab.config import RunConfig
@@ -438,6 +438,8 @@ def test_sections_are_kept_with_their_provenance(
     one = {"ms": 1.0, "ratio": 1.0, "ratio_q1": 0.9, "ratio_q3": 1.2}
     monkeypatch.setenv("KOALA_FIGURES", str(figures := tmp_path_factory.mktemp("figures")))
     monkeypatch.setattr(bench, "measure", lambda *_, **__: [{"optimizer": name} | one for name in sorted(names)])
+    tiny = [{"network": "MLP", "optimizer": name, "us": 1.0} for name in small.CONTENDERS]
+    monkeypatch.setattr(small, "measure", lambda: tiny)
     monkeypatch.setattr(bench_fused, "bandwidth", lambda *_, **__: {"gigabytes_a_second": 9.0})
     for section in ("flatness", "compile_time"):
         monkeypatch.setattr(bench_fused, section, lambda *_, **__: [{"optimizer": "one"}])
@@ -452,7 +454,7 @@ def test_sections_are_kept_with_their_provenance(
     monkeypatch.setattr(bench, "memory", lambda *_, **__: [{"optimizer": "two", "state": 5.0}])
     bench.main()
     kept = bench.stored("cpu")
-    assert set(kept) == {"step", "bandwidth", "flatness", "compile", "memory", "sweep", "training_step"}
+    assert set(kept) == {"step", "small", "bandwidth", "flatness", "compile", "memory", "sweep", "training_step"}
     assert {r["threads"] for r in kept["step"]["rows"]} == {1, os.cpu_count()}
     assert {p.name for p in (figures / "koala").iterdir()} == {f"cost_compiled.{e}" for e in ("png", "pdf", "json")}
     assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
@@ -473,3 +475,26 @@ def test_a_timed_epoch_is_an_epoch_of_training(monkeypatch: pytest.MonkeyPatch) 
     job = bench.epoch(config)
     job(), job()
     assert run.result().provenance["weights_sha256"] == train(config).provenance["weights_sha256"]
+
+
+# ---------------------------------------------------------------- small networks
+
+
+def test_small_networks_have_the_published_numbers_of_weights() -> None:
+    counted = {n: (sum(p.numel() for p in small.parameters(n)), len(small.NETWORKS[n])) for n in small.NETWORKS}
+    assert counted == {
+        "MLP": (79_510, 4),
+        "LeNet": (61_706, 10),
+        "ResNet-20": (269_722, 59),
+        "GPT": (937_472, 50),
+    }
+
+
+def test_goals_of_small_networks_are_ratios_of_medians() -> None:
+    us = dict.fromkeys(small.CONTENDERS, 10.0) | {"KOALA-M": 15.5, "APOLLO, compiled": 9.0}
+    rows = [{"network": "MLP", "optimizer": name, "us": value} for name, value in us.items()]
+    judged = {(g["optimizer"], g["base"]): (g["measured"], g["met"]) for g in small.goals(rows)}
+    assert judged["KOALA-M", small.BASE] == (1.55, False)
+    assert judged["KOALA-V", small.BASE] == (1.0, True)
+    assert judged["APOLLO, compiled", "APOLLO"] == (0.9, True)
+    assert len(judged) == len(small.GOALS)

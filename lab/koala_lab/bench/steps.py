@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from koala_lab import paths
 from koala_lab.bench import compiled as bench_fused
 from koala_lab.bench import meka as bench_meka
+from koala_lab.bench import small
 from koala_lab.bench.timing import Row, interleave, now, spread
 from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, synthetic, with_gradients
 from koala_lab.config import RunConfig
@@ -309,8 +310,12 @@ def _sections(device: str, whole: bool) -> dict[str, Callable[[], list[Row]]]:
     threads = [1] if device != "cpu" else sorted({1, os.cpu_count() or 1})
     sections: dict[str, Callable[[], list[Row]]] = {
         "step": lambda: [
-            {"model": m, "threads": n} | r for n in threads for m, p in networks for r in _with_threads(n, p, device)
+            {"model": m, "threads": n} | r
+            for n in threads
+            for m, p in networks
+            for r in _with_threads(n, partial(measure, p, CONTENDERS | bench_fused.FUSED, device=device))
         ],
+        **({"small": lambda: _with_threads(1, small.measure)} if device == "cpu" else {}),
         "bandwidth": lambda: [{"model": m} | bench_fused.bandwidth(p, device=device) for m, p in networks],
         "flatness": lambda: bench_fused.flatness(device=device),
         "compile": lambda: bench_fused.compile_time(device=device),
@@ -322,11 +327,11 @@ def _sections(device: str, whole: bool) -> dict[str, Callable[[], list[Row]]]:
     return sections
 
 
-def _with_threads(threads: int, params: list[Tensor], device: str) -> list[Row]:
+def _with_threads(threads: int, measured: Callable[[], list[Row]]) -> list[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return measure(params, CONTENDERS | bench_fused.FUSED, device=device)
+        return measured()
     finally:
         torch.set_num_threads(before)
 
@@ -355,6 +360,8 @@ def _show(section: str, rows: list[Row]) -> None:
             print(f"exponents of {name}: " + " ".join(f"{e:.3f}" for e in exponents(rows, name).values()))
         return
     print(frame.round(3).to_string(index=False))
+    if section == "small":
+        print("\ngoals\n" + pd.DataFrame(small.goals(rows)).round(2).to_string(index=False))
     if section == "step":
         from koala_lab import plots
 

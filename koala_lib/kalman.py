@@ -86,7 +86,9 @@ def running_average(average: Scalar, value: Scalar, decay: float) -> Scalar:
 
 
 def corrected_average(average: Scalar, value: Scalar, weight: Scalar, decay: float) -> Scalar:
-    """Return the bias-corrected average sum_i beta^(t-i) v_i / sum_i beta^(t-i), as in Adam (reading M-6 of MEKA).
+    """Return the bias-corrected average sum_i beta^(t-i) v_i / sum_i beta^(t-i), as in Adam.
+
+    MEKA's paper averages (section 4) and does not say how its averages start.
 
     Args:
         average: of the values before, anything at first.

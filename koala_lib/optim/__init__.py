@@ -1,3 +1,5 @@
+"""The optimizers, one algorithm per file, in the order of its paper's equations."""
+
 from koala_lib.optim.apollo import Apollo
 from koala_lib.optim.koala import KoalaM, KoalaV
 from koala_lib.optim.meka import Meka

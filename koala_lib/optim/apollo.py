@@ -1,3 +1,10 @@
+"""APOLLO: a diagonal quasi-Newton method, tensor by tensor (Ma, 2020, arXiv 2009.13586).
+
+The diagonal B of the Hessian changes as little as the weak secant equation allows (:func:`weak_secant_update`), and the
+step is the averaged gradient divided by max(|B|, sigma). ``koala_lib/reference/apollo.py`` holds the same optimizer as
+slow loops in the paper's symbols.
+"""
+
 from __future__ import annotations
 
 import math
@@ -103,6 +110,7 @@ def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
 
 
 def _factors(excess: Tensor, fourth_powers: Tensor, rates: Scalars, eps: float) -> Scalars:
+    """Return :func:`_factor` of every tensor."""
     if isinstance(rates, list):
         columns = zip(scalars(excess), scalars(fourth_powers), rates, strict=True)
         return [_factor(*numbers, eps) for numbers in columns]
@@ -116,15 +124,15 @@ def _update_curvatures(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
-    r"""Change the diagonal B of every tensor in place, as little as the weak secant equation allows (8):
+    r"""Change the diagonal B of every tensor in place, as little as the weak secant equation allows (8).
 
     .. math::
         B \leftarrow B - \frac{d^\top y + d^\top B d}{(\|d\|_4 + \epsilon)^4}\, d^2.
 
     Args:
-        curvatures: B, one tensor each.
-        directions: d, the last displacement divided by minus the learning rate.
-        changes: y, of the averaged gradients.
+        curvatures: B, one tensor per parameter.
+        directions: d, in the same shapes: the last displacement divided by minus the learning rate.
+        changes: y, in the same shapes: the change of the averaged gradient.
         eps: epsilon; at 0, :math:`d^\top B d = -d^\top y` afterwards. Without a direction (d = 0) B stays.
     """
     ones = torch.ones(len(changes), dtype=scalar_dtype(changes[0].device), device=changes[0].device)
@@ -149,7 +157,7 @@ def _descend(t: _Tensors, g: list[Tensor]) -> None:
 
 @CompiledPass
 def _observe(**tensors: Any) -> tuple[Tensor, Tensor]:
-    """Return the sums of (8)."""
+    """Return the two sums of (8) for every tensor, (n,) each."""
     t = _Tensors(**tensors)
     z = list(torch._foreach_sub(_gradients(t), t.means))
     return _sums(t.curvatures, _directions(t), z, t.mean_rates)
@@ -157,7 +165,7 @@ def _observe(**tensors: Any) -> tuple[Tensor, Tensor]:
 
 @CompiledPass
 def _apply(*, factors: Tensor, **tensors: Any) -> None:
-    """B -= factor d^2 (8), and what follows."""
+    """Compute B -= factor d^2 (8), and what follows."""
     t = _Tensors(**tensors)
     g, d = _gradients(t), _directions(t)
     add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1)
@@ -195,8 +203,8 @@ class Apollo(CheckedOptimizer):
         eps_scaling: ``"released"``: the epsilon of the update is eps / sigma, as in the authors' code, which keeps the
             trajectories of sigma = 1; ``"literal"``: it is eps, as Algorithm 1 is printed.
         maximize: ascend.
-        foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
-            the CPU.
+        foreach: ``True`` treats lists of tensors at once (more memory, fewer launches); ``None`` does so with all
+            of them on CUDA and with small ones on the CPU.
         fused: ``True`` compiles the passes over tensors of 4097 elements and more, which pays from some million weights
             on; ``None`` never does.
 
@@ -249,7 +257,7 @@ class Apollo(CheckedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on the gradients in ``p.grad``; a tensor without gradient stays.
+        """Make one step on the gradients in ``p.grad``; a tensor without a gradient stays.
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward`` and returns the loss.

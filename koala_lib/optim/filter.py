@@ -76,13 +76,14 @@ class ScalarFilter(CheckedOptimizer):
         self._share_filter(saved)
 
     def _share_filter(self, values: Tensor) -> None:
+        """Put one tensor of scalars into all groups."""
         device = next((p.device for group in self.param_groups for p in group["params"]), values.device)
         values = values.to(device=device, dtype=scalar_dtype(device))
         for group in self.param_groups:
             group["filter"] = values
 
     def _filter(self) -> Tensor:
-        """The filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
+        """Return the filter's tensor, on the device of the first parameter even if the model was moved meanwhile."""
         values: Tensor = self.param_groups[0]["filter"]
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is not None and first.device != values.device:
@@ -91,13 +92,14 @@ class ScalarFilter(CheckedOptimizer):
         return values
 
     def _entries(self) -> Entries:
+        """Return the filter's scalars by name, as views of its tensor."""
         return dict(zip(self.filter_entries, self._filter().unbind(), strict=True))
 
 
 class Losses(NamedTuple):
-    """The losses seen since ``predict()``."""
+    """What is kept of the losses seen since ``predict()``."""
 
-    total: Scalar
+    total: Scalar  # their sum
     squares: Scalar  # the sum of their squares
     number: int
 
@@ -120,11 +122,11 @@ class LossFilter(ScalarFilter):
         raise NotImplementedError
 
     def _predict(self) -> None:
-        """Time update of weights and filter."""
+        """Move weights and filter to the prediction."""
         raise NotImplementedError
 
     def _update(self, losses: Losses) -> Scalar:
-        """Measurement update of weights and filter; return the mean loss."""
+        """Correct weights and filter with the losses; return their mean."""
         raise NotImplementedError
 
     # -- the protocol --------------------------------------------------------------------------------------------
@@ -175,8 +177,10 @@ class LossFilter(ScalarFilter):
     def step(  # type: ignore[override]
         self, closure: Callable[[], Tensor] | None = None, *, loss: Tensor | float | None = None
     ) -> Tensor | None:
-        """One step: ``step(closure)``, or ``predict()`` ... ``step(loss=losses)``, or ``predict()`` ...
-        ``observe(losses)`` ... ``step()``.
+        """Make one step; weights and filter are the posterior afterwards.
+
+        It has three forms: ``step(closure)``; ``predict()``, forward and backward pass, ``step(loss=losses)``; or
+        ``predict()``, both passes, ``observe(losses)``, ``step()``.
 
         Args:
             closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses.
@@ -188,6 +192,7 @@ class LossFilter(ScalarFilter):
 
         Raises:
             RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.
+            TypeError, ValueError: if the closure returns no losses, and as :meth:`observe` does.
 
         Where that or the closure raises after a ``predict()``, the weights stay at the prediction; the next step goes
         on from there.
@@ -235,12 +240,17 @@ class LossFilter(ScalarFilter):
             values.copy_(torch.where(observed, torch.stack(new), torch.stack(missing)))
 
     def filter_state(self) -> dict[str, float]:
-        """The filter's scalars by name, as numbers. Reading them waits for the device."""
+        """Return the filter's scalars by name, as numbers. Reading them waits for the device."""
         values = dict(zip(self.filter_entries, self._filter().tolist(), strict=True))
         del values["skipped_steps"]
         return values
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the one filter; between ``predict`` and ``step`` they count as predicted where they are.
+
+        Raises:
+            ValueError, TypeError: as :meth:`ScalarFilter.add_param_group` does.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["predicted"] = self.param_groups[0].get("predicted", False)

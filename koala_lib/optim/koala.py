@@ -26,7 +26,7 @@ __all__ = ["KoalaM", "KoalaV"]
 
 
 class PositionFilter(NamedTuple):
-    """The scalars of KOALA-V."""
+    """The scalars of KOALA-V, as they are named in ``filter_state()``."""
 
     variance: Scalar  # P
     process_noise: Scalar  # Q
@@ -35,7 +35,7 @@ class PositionFilter(NamedTuple):
 
 
 class MomentumFilter(NamedTuple):
-    """The scalars of KOALA-M."""
+    """The scalars of KOALA-M, as they are named in ``filter_state()``."""
 
     variance: Scalar  # A = sigma_x^2
     covariance: Scalar  # C = sigma_c^2
@@ -114,7 +114,7 @@ class _Koala(LossFilter):
         self._write(self._predict_covariance(state, q))
 
     def _predict_covariance(self, state: Any, q: Scalar) -> Any:
-        """P^ = F P F^T + Q."""
+        """Return the covariance of the prediction, P^ = F P F^T + Q."""
         raise NotImplementedError
 
     # -- Table 1, measurement update -------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class _Koala(LossFilter):
         return L
 
     def _condition_covariance(self, state: Any, squared_norm: Scalar, R: Scalar) -> Any:
-        """P = (I - K H) P^."""
+        """Return the covariance of the posterior, P = (I - K H) P^."""
         raise NotImplementedError
 
 
@@ -193,10 +193,10 @@ class KoalaV(_Koala):
         min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
         formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
         process_group: where given, losses and norms are reduced over it in one collective, so that all ranks keep one
-            filter; ``DistributedDataParallel`` needs it. DTensors, as ``fully_shard`` makes them, need it not: they
+            filter; ``DistributedDataParallel`` needs it. DTensors, as ``fully_shard`` makes them, do not: they
             reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
-        foreach: lists of tensors at once (more memory, fewer launches); ``None``: all of them on CUDA, small ones on
-            the CPU.
+        foreach: ``True`` treats lists of tensors at once (more memory, fewer launches); ``None`` does so with all
+            of them on CUDA and with small ones on the CPU.
         fused: ``True`` compiles the passes over tensors of 4097 elements and more, which pays from some million weights
             on; ``None`` never does.
 

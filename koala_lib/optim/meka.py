@@ -1,5 +1,4 @@
-"""MEKA: the full gradient as a hidden state that curvature carries from step to step (Chen et al., PMLR v137, 2021,
-arXiv 2011.04803).
+"""MEKA: the full gradient as a hidden state that curvature carries on (Chen et al., PMLR v137, 2021, arXiv 2011.04803).
 
 The minibatch gradient is a noisy observation of the full gradient; between two steps the full gradient changes by the
 Hessian times the displacement, which the minibatch gives too. How noisy both are is measured from the per-sample
@@ -32,7 +31,7 @@ VARIANCES = ("mean", "directional", "sum")
 
 
 class _Observed(NamedTuple):
-    """What a minibatch says, of its samples; scalars in float64, tensors in the order of the parameters."""
+    """What a minibatch says: means and variances over its samples; scalars in float64, lists by parameter."""
 
     mean_loss: Tensor  # y as it came
     loss: Tensor  # y
@@ -54,7 +53,7 @@ class _Ahead(NamedTuple):
 
 
 def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """x^T y of two vectors that lie in lists of tensors; 0-dim.
+    """Return x^T y of two vectors that lie in lists of tensors; 0-dim, float64 where the device has it.
 
     A tensor is added up in float32 at least, in torch's cascade, which loses no more than the products' rounding did;
     their sums in float64. To add everything in float64 would first copy it.
@@ -65,26 +64,26 @@ def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
 
 
 def _weights(tensors: list[Tensor]) -> int:
-    """n."""
+    """Return n, the number of weights."""
     return sum(t.numel() for t in tensors)
 
 
 def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]:
-    """delta = -m, or -m / (sqrt(m^2 + p) + eps): a N(m, p) variable has the second moment m^2 + p (eq. 9)."""
+    """Return -m, or -m / (sqrt(m^2 + p) + eps): a N(m, p) variable has the second moment m^2 + p (eq. 9)."""
     if kind == "gradient":
         return list(torch._foreach_neg(means))
     return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
 
 
 def reading_is_free(device: torch.device) -> bool:
-    """Whether a step may read a tensor: on an accelerator it would wait, and masks are three times a copy's work."""
+    """Say whether a step may read a tensor: an accelerator would be waited for; masks are three times a copy's work."""
     return device.type == "cpu"
 
 
 def trusted_value(
     value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor
 ) -> kalman.ValueEstimate:
-    """:func:`koala_lib.kalman.condition_value` with lambda = 0."""
+    """Condition the loss as :func:`koala_lib.kalman.condition_value` does, with lambda = 0: without model error."""
     gain = kalman.gain(variance, measurement_noise)
     return kalman.ValueEstimate(
         value=value + gain * (observation - value),
@@ -148,7 +147,7 @@ class Meka(ScalarFilter):
     misprinted this is what they must mean: the process noise of eq. 6 is that of the b added, and m stands squared in
     the denominator of eq. 9.
 
-    One process only: DDP and FSDP average gradients, which the variances between samples cannot be got from.
+    One process only: DDP and FSDP hand over averaged gradients, which say nothing about the variance between samples.
 
     A step whose loss, gradient or products are not finite is a missing observation: weights, filter and displacement
     stay, so that the next minibatch carries the gradient over; ``skipped_steps`` counts. Every group of
@@ -253,7 +252,11 @@ class Meka(ScalarFilter):
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """One step on a minibatch of B >= 2 samples, which are the leading dimension of both arguments.
+        """Make one step on a minibatch of B >= 2 samples.
+
+        Args:
+            inputs: what the model is called with, shape (B, ...).
+            targets: what ``loss_fn`` gets beside the outputs, shape (B, ...).
 
         Returns:
             The mean loss before the step as a 0-dim tensor, still on the device.
@@ -291,9 +294,13 @@ class Meka(ScalarFilter):
     def _filter_value(
         self, entries: Entries, observed: _Observed, means: list[Tensor], moves: list[Tensor], samples: int
     ) -> Tensor:
-        """u, s, r, lambda and q (appendix B), with m and p of the step before; lambda / |d|^6, 0 where d = 0."""
+        """Filter the loss with m and p of the step before: u, s, r, lambda and q (appendix B).
+
+        Returns:
+            lambda / |d|^6 (eq. 23), 0 where d = 0.
+        """
         options = self.param_groups[0]
-        # variances of minibatch means (reading M-1)
+        # variances of minibatch means
         q = entries["process_noise"] = observed.product_variance / samples
         r = self._average(entries, "value_noise", observed.loss_variance / samples, options["smoothing"])
         m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
@@ -314,7 +321,7 @@ class Meka(ScalarFilter):
     def _filter_gradient(
         self, entries: Entries, observed: _Observed, means: list[Tensor], samples: int
     ) -> list[Tensor]:
-        """k, p, sigma (eqs. 6-8); returns m."""
+        """Filter the gradient: k, p, sigma (eqs. 6-8); return m."""
         sigma = observed.gradient_variance / samples
         sigma = self._average(entries, "measurement_noise", sigma, self.param_groups[0]["smoothing"])
         p = kalman.predict_position(entries["variance"], entries["process_noise"])
@@ -325,6 +332,7 @@ class Meka(ScalarFilter):
 
     @staticmethod
     def _average(entries: Entries, name: str, value: Tensor, decay: float) -> Tensor:
+        """Add a value to a bias-corrected average, as Adam's are, and return it."""
         weight = decay * entries[name + "_weight"] + (1 - decay)
         average = kalman.corrected_average(entries[name], value, weight, decay)
         entries |= {name: average, name + "_weight": weight}
@@ -339,10 +347,10 @@ class Meka(ScalarFilter):
         named: dict[str, Tensor],
         direction: list[Tensor],
     ) -> _Ahead | None:
-        """delta^T B delta, and what stands for delta^T P delta and delta^T Q delta (M-15), where it is asked for.
+        """Return delta^T B delta, and what stands for delta^T P delta and delta^T Q delta, where a rule asks for them.
 
-        For Q the Hessian is multiplied with the new direction (reading M-3). P = k Sigma, so along delta it is k times
-        the variance of delta^T g.
+        Q is that of the Hessian times the new direction. P = k Sigma, so along delta it is k times the variance of
+        delta^T g.
         """
         options, samples = self.param_groups[0], len(targets)
         new = dict(zip(named, direction, strict=True))
@@ -362,7 +370,7 @@ class Meka(ScalarFilter):
     def _choose_step(
         self, entries: Entries, ahead: _Ahead | None, means: list[Tensor], direction: list[Tensor], cubic: Tensor
     ) -> Tensor:
-        """alpha; what a rule found out is written into ``entries``."""
+        """Return alpha (section 3); write what the rule found out into ``entries``."""
         options = self.param_groups[0]
         if options["step_size"] == "constant":
             return torch.ones_like(entries["alpha"])
@@ -395,7 +403,7 @@ class Meka(ScalarFilter):
         direction: list[Tensor],
         samples: int,
     ) -> Tensor:
-        """v^T P v of v = lr delta; the displacement is alpha v."""
+        """Return v^T P v of v = lr delta; the displacement is alpha v."""
         assert ahead is not None
         if len(self.param_groups) == 1:
             scaled: Tensor = ahead.slope_variance * self.param_groups[0]["lr"] ** 2
@@ -406,6 +414,7 @@ class Meka(ScalarFilter):
         return entries["gain"] * moved.slope_variance.to(self._filter()) / samples
 
     def _rates(self) -> dict[Tensor, float | Tensor]:
+        """Return lr of every parameter."""
         return {p: group["lr"] for group in self.param_groups for p in group["params"]}
 
     def _move(
@@ -431,10 +440,11 @@ class Meka(ScalarFilter):
     _condition_value = staticmethod(kalman.condition_value)
 
     def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> _Observed:
-        """The minibatch at the weights as they are, with its Hessian there times the last displacement."""
+        """Return what the minibatch says at the weights as they are, and of its Hessian times the last displacement."""
         return self._moments(inputs, targets, named, moves)
 
     def _moments(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], direction: list[Tensor]) -> _Observed:
+        """Measure a minibatch at the weights as they are, with its Hessian times a direction."""
         problem = self.model, self.loss_fn, inputs, targets, dict(zip(named, direction, strict=True))
         along = None
         if self._along_is_enough():
@@ -451,12 +461,12 @@ class Meka(ScalarFilter):
         return _Observed(loss, loss.to(self._filter()), r, sigma, q, directional, gradients, products, along)
 
     def _along_is_enough(self) -> bool:
-        """Whether slope and curvature along the new direction are all that is asked for."""
+        """Say whether slope and curvature along the new direction are all that is asked for."""
         variances, rule = (self.param_groups[0][name] for name in ("variances", "step_size"))
         return bool(variances == "directional" or rule == "quadratic")
 
     def _named_parameters(self) -> dict[str, Tensor]:
-        """The parameters to move, by their names in the model; creates the state that does not exist yet."""
+        """Return the parameters to move, by their names in the model; create the state that does not exist yet."""
         ours = {p for group in self.param_groups for p in group["params"]}
         named: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
@@ -470,10 +480,11 @@ class Meka(ScalarFilter):
     # -- the filter's scalars, groups and state ------------------------------------------------------------------------
 
     def filter_state(self) -> dict[str, float]:
-        """The filter's scalars by name, as numbers: p, q, sigma, k, u, s, r, lambda and lr alpha, and where a rule
-        chooses the step a, b and alpha* (``slope``, ``curvature``, ``step_size_optimum``).
+        """Return the filter's scalars by name, as numbers. Reading them waits for the device.
 
-        ``step_size`` is with the ``lr`` of the first group. Reading waits for the device.
+        Returns:
+            p, q, sigma, k, u, s, r, lambda and lr alpha (with the lr of the first group), and where a rule chooses the
+            step also a, b and alpha* (``slope``, ``curvature``, ``step_size_optimum``).
         """
         constant = self.param_groups[0]["step_size"] == "constant"
         hidden = self._hidden + (self._of_rules if constant else ())
@@ -481,7 +492,11 @@ class Meka(ScalarFilter):
         return {name: value for name, value in values if name not in hidden}
 
     def entries(self, names: Sequence[str]) -> Tensor:
-        """Entries of :meth:`filter_state` as a float64 vector that stays on the device."""
+        """Return entries of :meth:`filter_state` as a float64 vector that stays on the device.
+
+        Args:
+            names: which, in this order.
+        """
         return self._filter()[[self.filter_entries.index(name) for name in names]]
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ class _Parameter:
 class ReferenceApollo:
     """APOLLO on a list of float64 tensors, changed in place.
 
-    Arguments as in :class:`koala_lib.optim.apollo.Apollo`; ``lr`` may be changed between steps, as schedulers do.
+    Args:
+        tensors: the weights, of any shape, one "parameter" each.
+        lr: eta after the warm-up; may be changed between steps, as schedulers do.
+        others: as in :class:`koala_lib.optim.apollo.Apollo`.
     """
 
     def __init__(
@@ -61,7 +64,11 @@ class ReferenceApollo:
         self.sign = -1.0 if maximize else 1.0
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Make one step on a gradient per tensor, or ``None`` for those that stay."""
+        """Make one step of Algorithm 1.
+
+        Args:
+            gradients: g_{t+1} of every tensor, in its shape; ``None`` for those that stay.
+        """
         for x, parameter, gradient in zip(self.tensors, self.parameters, gradients, strict=True):
             if gradient is not None:
                 theta = self._step(parameter, x.flatten().tolist(), gradient.flatten().tolist())
@@ -74,6 +81,7 @@ class ReferenceApollo:
         return self.eta_init + (self.first_lr - self.eta_init) * t / self.W if t < self.W else self.lr
 
     def _step(self, parameter: _Parameter, theta: list[float], g: list[float]) -> list[float]:
+        """Return the new weights of one tensor; change what is kept for it."""
         beta, t, n = self.beta, parameter.t, range(len(theta))
         m, d, B = parameter.m, parameter.d, parameter.B
         g = [self.sign * g[i] for i in n]

@@ -158,9 +158,12 @@ class ReferenceKoalaV(_Koala):
     """KOALA-V, Algorithm 1 (`blocks="global"`) and its layer-wise version (`blocks="tensor"`, eq. 25).
 
     Args:
-        groups: list of dicts with "params" (float64 tensors, changed in place) and, if wanted, "lr" and "weight_decay"
-        noise_target: "zero" or "current" (eq. 22 to the letter); exists here only
-        others: as in :class:`koala_lib.KoalaV`
+        groups: list of dicts with "params" (float64 tensors, changed in place) and, if wanted, "lr" and "weight_decay".
+        noise_target: "zero" or "current" (eq. 22 to the letter); exists here only.
+        others: as in :class:`koala_lib.KoalaV`.
+
+    Raises:
+        ValueError: for an adaptive process noise with ``formulas="released"``, which the released KOALA-V lacks.
     """
 
     def __init__(
@@ -190,7 +193,12 @@ class ReferenceKoalaV(_Koala):
 
     @torch.no_grad()
     def update(self, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Compute eqs. 12 and 13 with the losses (B,) or () and the gradients of their mean at x̂_k."""
+        """Compute eqs. 12 and 13 (per block, eq. 25).
+
+        Args:
+            losses: of the samples at x̂_k, (B,), or their mean, ().
+            grads: gradient of their mean at x̂_k for every tensor, in its shape; ``None`` where there is none.
+        """
         blocks = self._observe(losses, grads)
         if not blocks:
             return
@@ -207,7 +215,12 @@ class ReferenceKoalaV(_Koala):
 
 
 class ReferenceKoalaM(_Koala):
-    """KOALA-M (eqs. 16 to 21) with the covariance [[A, C], [C, B]] ⊗ I; arguments as above and in KoalaM."""
+    """KOALA-M (eqs. 16 to 21) with the covariance [[A, C], [C, B]] ⊗ I.
+
+    Args:
+        groups: as in :class:`ReferenceKoalaV`.
+        others: as there and in :class:`koala_lib.KoalaM`.
+    """
 
     def __init__(
         self,
@@ -241,7 +254,12 @@ class ReferenceKoalaM(_Koala):
 
     @torch.no_grad()
     def update(self, losses: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Compute Table 1 with the approximations (21) and (25); arguments as in KOALA-V."""
+        """Compute Table 1 with the approximations (21) and (25).
+
+        Args:
+            losses: as in :meth:`ReferenceKoalaV.update`.
+            grads: likewise.
+        """
         blocks = self._observe(losses, grads)
         if not blocks:
             return

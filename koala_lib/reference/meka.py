@@ -9,10 +9,10 @@ the derivative of the criterion, as defined, changes sign. For a few dozen weigh
 ==============  ================================================================================================
 theta           the weights (n,); d: the last displacement theta_t - theta_{t-1}; delta: the new direction
 y, g, b         minibatch means of the loss, its gradient and its Hessian times d (n,)
-r, Sigma, Q     (co)variances of those means: the unbiased ones of the samples, divided by their number (M-1)
+r, Sigma, Q     (co)variances of those means: the unbiased ones of the samples, divided by their number
 m, P            mean and covariance of the filtered gradient (5); K: the gain (7)
 u, s            mean and variance of the filtered loss (10); lam: the model error (22)
-a, b_delta      - delta^T m and delta^T B delta; p = delta^T P delta; q = delta^T Q delta with the Q of B delta (M-3)
+a, b_delta      - delta^T m and delta^T B delta; p = delta^T P delta; q = delta^T Q delta with the Q of B delta
 alpha_star      what the rule chooses; alpha: its average
 ==============  ================================================================================================
 """
@@ -45,13 +45,17 @@ def _halve(criterion: Callable[[float], float], low: float, high: float) -> floa
 
 
 class Change:
-    """Mean and variance of the change of the loss along alpha delta (11) and their derivatives."""
+    """Mean and variance of the change of the loss along alpha delta (11) and their derivatives.
+
+    Args:
+        a, b, s, p, q, c: the numbers of (11) and (23): slope, curvature, and the terms of the variance.
+    """
 
     def __init__(self, a: float, b: float, s: float, p: float, q: float, c: float = 0.0) -> None:
         self.a, self.b, self.s, self.p, self.q, self.c = a, b, s, p, q, c
 
     def at(self, alpha: float) -> tuple[float, float, float, float]:
-        """Return mu, V, mu', V'."""
+        """Return mu, V, mu', V' at a step size (11)."""
         mu = -alpha * self.a + alpha**2 / 2 * self.b
         V = 2 * self.s + alpha**2 * self.p + alpha**4 / 4 * self.q + alpha**6 * self.c
         return mu, V, -self.a + alpha * self.b, 2 * alpha * self.p + alpha**3 * self.q + 6 * alpha**5 * self.c
@@ -97,17 +101,17 @@ class ReferenceMeka:
     """MEKA and AdaMEKA on a vector of weights.
 
     Args:
-        theta: (n,) float64, changed in place
-        sample_loss: (theta, sample) -> 0-dim loss of one sample
+        theta: (n,) float64, changed in place.
+        sample_loss: (theta, sample) -> 0-dim loss of one sample.
         covariance: "scalar" puts the average of the diagonal times the identity for Sigma and Q, as the paper does in
-            practice; "full" is section 2 as written and exists here only
+            practice; "full" is section 2 as written and exists here only.
         hessian: "current" takes B_t at theta_t; the others take it at theta_{t-1} (appendix C), of the samples of
-            minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples")
+            minibatch t - 1 ("previous") or of minibatch t ("previous_current_samples").
         variances: the matrices for P and Q in (11) and (16): "mean", the scalar ones; "sum", their traces times the
-            identity; "directional", K cov(g) and cov(B d) over the samples of one minibatch, in full
-        third_order: (23), lam / |d|^6 times |alpha delta|^6 in the variance of the change
-        model_error: whether lam follows (22), or is 0 throughout
-        others: as in :class:`koala_lib.optim.meka.Meka`
+            identity; "directional", K cov(g) and cov(B d) over the samples of one minibatch, in full.
+        third_order: (23), lam / |d|^6 times |alpha delta|^6 in the variance of the change.
+        model_error: whether lam follows (22), or is 0 throughout.
+        others: as in :class:`koala_lib.optim.meka.Meka`.
     """
 
     def __init__(
@@ -160,7 +164,14 @@ class ReferenceMeka:
         return float(_average(self.rs, self.beta))
 
     def step(self, batch: Sequence[Any]) -> float:
-        """Make one step on a minibatch; return the mean loss before it."""
+        """Make one step: filter loss (16)-(22) and gradient (6)-(8), choose alpha, move along delta.
+
+        Args:
+            batch: M >= 2 samples, whatever ``sample_loss`` takes.
+
+        Returns:
+            The mean loss before the step.
+        """
         M, d, m, P = len(batch), self.d, self.m, self.P
         losses, gradients, products = self._samples(batch, d)
         if self.hessian != "current":
@@ -218,6 +229,7 @@ class ReferenceMeka:
         return losses, gradients, products
 
     def _covariance_of(self, rows: Tensor) -> Tensor:
+        """Return the unbiased covariance of M vectors, (M, n) to (n, n), or the scalar one that stands for it."""
         full = torch.cov(rows.T)
         return full if self.covariance == "full" else full.diag().mean() * self.identity
 
@@ -228,6 +240,7 @@ class ReferenceMeka:
         return scalar if self.variances == "mean" else scalar.trace() * self.identity
 
     def _step_size(self, batch: Sequence[Any], delta: Tensor) -> float:
+        """Return alpha along delta: what the rule chooses, averaged (section 3)."""
         products = self._samples(batch, delta)[2]
         Q = self._read(self._covariance_of(products) / len(batch), torch.cov(products.T) / len(batch))
         self.a, self.b_delta = -float(delta @ self.m), float(delta @ products.mean(0))

@@ -22,17 +22,19 @@ def check_number(name: str, value: object, low: float = 0.0, high: float = math.
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise unless ``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is ``True``, ``False`` or ``None``."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be True, False or None, got {value!r}")
 
 
 def check_lr(lr: object) -> None:
-    """A learning rate is a number or, for captured graphs, a 0-dim tensor."""
+    """Raise unless ``lr`` is a number >= 0 or, for captured graphs, a tensor that holds one."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
             raise ValueError(f"lr as a tensor must hold one real number, got {lr.dtype} of shape {tuple(lr.shape)}")
@@ -61,7 +63,7 @@ def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
 
 
 def options_among(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options of a param group among a constructor's arguments, which are its ``locals()``."""
+    """Return the options of a param group among a constructor's arguments, which are its ``locals()``."""
     return {k: v for k, v in arguments.items() if k not in ("self", "params", "process_group", "__class__")}
 
 
@@ -89,4 +91,5 @@ class CheckedOptimizer(torch.optim.Optimizer):
                 group[name] = int(group[name]) if name in self.whole_numbers else float(group[name])
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise a ValueError or a TypeError that names what is wrong with the options or parameters of a group."""
         raise NotImplementedError

@@ -99,8 +99,10 @@ def compiled_lists(params: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[T
 
 
 def as_vectors(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a compiled call; ``None`` for tensors that are short or no dense memory, or that lie otherwise
-    than the first list."""
+    """Return the arguments of a compiled call, or ``None`` where a tensor is too short or lies otherwise in memory.
+
+    Every tensor must be dense, in the memory layout of its partner in the first list.
+    """
     params = next(iter(arguments.values()))
     n, device, empty = len(params), params[0].device, LIST_LENGTH - len(params)
     if empty < 0 or any(p.numel() < MIN_COMPILED for p in params):
@@ -126,5 +128,5 @@ def as_vectors(arguments: dict[str, Any]) -> dict[str, Any] | None:
 
 @cache
 def _filling(argument: str, slot: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What fills an empty slot of an argument; no two share memory."""
+    """Return what fills an empty slot of an argument; no two share memory."""
     return torch.zeros(size, dtype=dtype, device=device)

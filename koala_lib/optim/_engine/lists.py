@@ -14,23 +14,23 @@ MIN_ROWS = 2**15  # elements from which that is faster than a norm in float64
 
 
 def scalar_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of filter scalars: float64 wherever the device has it."""
+    """Return the dtype of filter scalars: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Half precision as float32, the rest as it is; tensors of one dtype."""
+    """Return half precision as float32, the rest as it is; tensors of one dtype."""
     return [t.float() for t in tensors] if tensors and tensors[0].dtype in HALF else list(tensors)
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
-    """Channels last for a batch of images, or the weights of a convolution, with the channels together in memory."""
+    """Return channels last for images or weights of a convolution whose channels lie together, else contiguous."""
     last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def flat(t: Tensor, order: torch.memory_format) -> Tensor | None:
-    """All elements of a tensor as a vector, if that is how they lie in memory in this order; ``None`` if not."""
+    """Return all elements of a tensor as a vector, if that is how they lie in memory in this order; ``None`` if not."""
     if not t.is_contiguous(memory_format=order):
         return None
     # Use .data: a tracked view would make the compiler specialise on the base tensor's shape.
@@ -39,12 +39,12 @@ def flat(t: Tensor, order: torch.memory_format) -> Tensor | None:
 
 @cache
 def row_length(size: int) -> int:
-    """Length of the rows into which a long tensor is cut: if possible, so that nothing is left over."""
+    """Return the length of the rows into which a long tensor is cut: if possible, so that nothing is left over."""
     return next((n for n in range(ROW, ROW // 2, -1) if size % n == 0), ROW)
 
 
 def row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A vector with the norm of a long tensor: norms of rows of about 1024 elements, and what is left over.
+    """Return a vector with the norm of a long tensor: norms of rows of about 1024 elements, and what is left over.
 
     torch's CPU norm adds up a float32 tensor in one go and is off by 1.5 % at 1e7 elements. Norms of short rows, added
     in float64, cost the same and are good to 1e-6. A tensor that is no dense memory comes back as it is.

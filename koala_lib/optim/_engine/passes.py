@@ -34,7 +34,7 @@ Scalars = Any  # one for each tensor: a list of numbers, or a vector
 
 
 def scalars(values: Tensor) -> Any:
-    """A vector, or a 0-dim tensor, as an optimizer computes with it.
+    """Return a vector, or a 0-dim tensor, as an optimizer computes with it.
 
     On the CPU a list of Python numbers, or a number, since reading costs nothing there. On an accelerator, which would
     have to finish its work first, and in code that is being compiled it stays a tensor. This is decided here only.
@@ -46,7 +46,7 @@ def scalars(values: Tensor) -> Any:
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """|t|^2 of each tensor, (n,) in float64 on their device, accumulated in float32 or better."""
+    """Return |t|^2 of each tensor, (n,) in float64 on their device, accumulated in float32 or better."""
     if torch.compiler.is_compiling():  # compiled sums are cascades, good to 1e-6; of equal numbers to 1e-4
         return torch.stack([t.square().sum().to(scalar_dtype(t.device)) for t in wide(tensors)])
     if not tensors:
@@ -59,7 +59,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
-    """h = g + lambda x, leaving ``p.grad`` alone."""
+    """Return h = g + lambda x, leaving ``p.grad`` alone."""
     if torch.is_tensor(weight_decay):  # in compiled code, where another value must compile nothing
         return [torch.addcmul(g, x, weight_decay) for g, x in zip(grads, params, strict=True)]
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
@@ -73,7 +73,7 @@ def add(
     sign: int = 1,
     times: list[Tensor] | None = None,
 ) -> None:
-    """x += sign factor h, or sign factor h t, with a factor for each tensor.
+    """Compute x += sign factor h, or x += sign factor h t, with a factor for each tensor.
 
     Half precision is computed in float32 and rounded once.
     """
@@ -91,7 +91,7 @@ def add(
 
 
 def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars) -> None:
-    """a += rate (x - a), with a rate for each tensor; half precision is computed in float32 and rounded once."""
+    """Compute a += rate (x - a), with a rate for each tensor; half precision in float32, rounded once."""
     if averages[0].dtype in HALF:
         for a, x, rate in zip(averages, tensors, rates, strict=True):
             a.copy_(a.float() + (x.float() - a.float()) * rate)
@@ -105,7 +105,7 @@ def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars) -> No
 def subtract_quotients(
     tensors: list[Tensor], numerators: list[Tensor], denominators: list[Tensor], rates: Scalars
 ) -> None:
-    """x -= rate m / D, with a rate for each tensor; half precision is computed in float32 and rounded once."""
+    """Compute x -= rate m / D, with a rate for each tensor; half precision in float32, rounded once."""
     if isinstance(rates, list) and tensors[0].dtype not in HALF:
         torch._foreach_addcdiv_(tensors, numerators, denominators, [-rate for rate in rates])
     else:
@@ -195,7 +195,7 @@ def _advance(
     momentum: float,
     average_rate: float | None,
 ) -> Tensor | None:
-    """x_avg += rate (x - x_avg), then x += p and p *= kappa; |x - x_avg|^2 of every tensor before anything moved."""
+    """Compute x_avg += rate (x - x_avg), then x += p, p *= kappa; return |x - x_avg|^2 of each tensor before, (n,)."""
     squared = None
     if averages:
         differences = list(torch._foreach_sub(params, averages))
@@ -212,7 +212,7 @@ def _advance(
 
 @CompiledPass
 def _observe(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
-    """Rows |g|^2, |h|^2 and |x|^2 of every tensor, (3, n)."""
+    """Return the rows |g|^2, |h|^2 and |x|^2 of every tensor, (3, n)."""
     h = decayed(params, grads, weight_decay)
     return torch.stack([squared_norms(grads), squared_norms(h), squared_norms(params)])
 
@@ -229,7 +229,7 @@ def _correct(
     velocity_steps: Scalars | None,
     average_rates: Scalars | None,
 ) -> None:
-    """x -= step h and p -= velocity step h, where there was an observation, then x_avg += rate (x - x_avg)."""
+    """Compute x -= step h, p -= velocity step h where there was an observation, then x_avg += rate (x - x_avg)."""
     directions = grads if weight_decay is None else decayed(params, grads, weight_decay)
     if observed is not None:
         # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
@@ -258,10 +258,14 @@ class KoalaPasses(Passes):
     """The three passes of a KOALA step over the weights x, their velocities p and their averages x_avg."""
 
     def advance(self, *, momentum: float, average_rate: float) -> Scalar:
-        """x_avg += rate (x - x_avg) if there are averages (23); x += p, p *= kappa if there are velocities (16, 17).
+        """Move the averages, x_avg += rate (x - x_avg) (23), then along the velocities, x += p, p *= kappa (16, 17).
+
+        Args:
+            momentum: kappa.
+            average_rate: 0 leaves the averages alone.
 
         Returns:
-            |x - x_avg|^2 of all weights before they moved, 0 without averages.
+            |x - x_avg|^2 over all weights, with the new x_avg and x before it moved; 0 without averages.
         """
         drifts = []
         for bucket in self.buckets:
@@ -325,7 +329,7 @@ class KoalaPasses(Passes):
         return Observation(total / count, squares / count, norm**0.5, largest, blocks)
 
     def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
-        """Means of losses and norms over the ranks, in one collective, of whole tensors."""
+        """Return means of losses over the ranks and norms of whole tensors, in one collective."""
         norms = times_shards(norms, (p for bucket in self.buckets for p in bucket.params))
         sums = torch.stack([t if isinstance(t, Tensor) else norms.new_full((), t) for t in losses])
         joined = mean_over_ranks(torch.cat([sums, norms.flatten()]), self.ranks)
@@ -340,11 +344,12 @@ class KoalaPasses(Passes):
         weight_decay: bool,
         observed: Scalar,
     ) -> None:
-        """x -= step h (12), p -= velocity step h, then x_avg += rate (x - x_avg).
+        """Correct the weights, x -= step h (12), and p -= velocity step h, then x_avg += rate (x - x_avg).
 
         Args:
-            steps, velocity_steps, average_rates: entries as the blocks of the observation have; ``None`` leaves p or
-                x_avg alone.
+            steps: entries as the blocks of the observation have.
+            velocity_steps: likewise; ``None`` leaves p alone.
+            average_rates: likewise; ``None`` leaves x_avg alone.
             weight_decay: whether h is the gradient with weight decay, or without.
             observed: ``True``, or a tensor that says whether anything may move.
         """

@@ -19,17 +19,17 @@ PLAIN = (Tensor, nn.Parameter)  # known at once, since to miss an attribute take
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor."""
+    """Say whether it is a DTensor."""
     return type(tensor) not in PLAIN and hasattr(tensor, "placements")
 
 
 def local(tensors: Iterable[Any]) -> list[Tensor]:
-    """The part of each tensor that lies on this rank, in the same memory. Call without autograd."""
+    """Return the part of each tensor that lies on this rank, in the same memory. Call without autograd."""
     return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 
 def local_gradients(params: Iterable[Any]) -> list[Tensor]:
-    """``p.grad`` where there is one: the part of it that belongs to the local part of p."""
+    """Return ``p.grad`` where there is one: the part of it that belongs to the local part of p."""
     grads = [(p, p.grad) for p in params if p.grad is not None]
     return local(
         # A gradient may lie otherwise than its weights, say as a sum over the ranks that nobody has made yet.
@@ -39,7 +39,7 @@ def local_gradients(params: Iterable[Any]) -> list[Tensor]:
 
 
 def rank_groups(params: Iterable[Any]) -> list[Any]:
-    """The process groups that together join all ranks among which parameters are spread: one per mesh dimension."""
+    """Return the process groups that join all ranks among which parameters are spread: one per mesh dimension."""
     groups: list[Any] = []
     for mesh in dict.fromkeys(p.device_mesh for p in params if is_sharded(p)):
         groups += [g for d in range(mesh.ndim) if mesh.size(d) > 1 and (g := mesh.get_group(d)) not in groups]
@@ -58,7 +58,7 @@ def check_meshes(params: Iterable[Any], group: Any) -> None:
 
 
 def shard_counts(params: Iterable[Any]) -> list[int]:
-    """Into how many different parts each tensor is cut; 1 if every rank holds it whole."""
+    """Return into how many different parts each tensor is cut; 1 if every rank holds it whole."""
     return [
         math.prod(p.device_mesh.size(d) for d, where in enumerate(p.placements) if not where.is_replicate())
         if is_sharded(p)
@@ -68,14 +68,14 @@ def shard_counts(params: Iterable[Any]) -> list[int]:
 
 
 def times_shards(sums: Tensor, params: Iterable[Any]) -> Tensor:
-    """Local sums of N tensors, ``(..., N)``, times the number of shards of each."""
+    """Multiply local sums of N tensors, ``(..., N)``, with the number of shards of each."""
     counts = shard_counts(params)
     # Numbers, because a tensor of them would be copied from the host, for which a GPU is waited.
     return torch.stack(torch._foreach_mul(sums.unbind(-1), counts), -1) if counts else sums
 
 
 def mean_over_ranks(values: Tensor, groups: Sequence[Any]) -> Tensor:
-    """The mean over the ranks of all groups, the same bits on each of them; one collective per group."""
+    """Return the mean over the ranks of all groups, the same bits on each of them; one collective per group."""
     for group in groups:
         values = values / dist.get_world_size(group)
         dist.all_reduce(values, group=group)

@@ -257,7 +257,7 @@ class Notebook:
 
         Args:
             fig: A matplotlib figure; it is closed.
-            name: File name without suffix; the paper is the folder, and is taken off the name.
+            name: File name without suffix; its folder is that of the notebook.
             runs: The table or the results that it is drawn from; their keys go into the sidecar.
         """
         from IPython.display import Image, display
@@ -272,9 +272,7 @@ class Notebook:
             "versions": plots.versions(),
         }
         folder = self._folder() / "figures" if self.scale == CUSTOM else paths.figures_dir()
-        paper = self.name.rpartition("/")[0]
-        name = name.removeprefix(f"{paper}_")
-        png = plots.save(fig, folder / paper / name, origin)
+        png = plots.save(fig, folder / self.name.rpartition("/")[0] / name, origin)
         display(Image(data=png.read_bytes(), format="png", alt=name))  # type: ignore[no-untyped-call]
 
     def printed(self, metric: str) -> dict[str, float]:

@@ -235,6 +235,7 @@ class Apollo(CheckedOptimizer):
     """
 
     whole_numbers = ("warmup_steps",)
+    made_in_groups = ("base_lr",)
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from koala_lib.optim._engine.lists import scalar_dtype
 from koala_lib.optim._engine.passes import Scalar, scalars
 
 Entries = dict[str, Tensor]  # a filter's scalars by name
+COUNTS = ("skipped_steps", "negative_losses")  # the scalars that are no part of the filter's state, and stand last
 
 
 class ScalarFilter(CheckedOptimizer):
@@ -24,10 +25,16 @@ class ScalarFilter(CheckedOptimizer):
 
     filter_entries: tuple[str, ...]  # one of them is "skipped_steps"
     per_group: tuple[str, ...] = ("lr",)  # the options that groups may set differently
+    made_in_groups = ("filter", "predicted")
+    new_entries = 0  # how many of the last entries states of version 0.1 have not
 
     def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
         self._filter_values = [filter_values[name] for name in self.filter_entries]
         super().__init__(params, defaults)
+
+    def _trained(self) -> Iterator[Tensor]:
+        """Yield the parameters that are not frozen."""
+        return (p for group in self.param_groups for p in group["params"] if p.requires_grad)
 
     @property
     def skipped_steps(self) -> int:
@@ -43,7 +50,8 @@ class ScalarFilter(CheckedOptimizer):
         """
         if self.param_groups:  # whose options may have been changed since the constructor
             first = self.param_groups[0]
-            param_group = {name: first[name] for name in self.defaults if name not in self.per_group} | param_group
+            shared = [name for name in self.defaults if name not in self.per_group and name in first]
+            param_group = {name: first[name] for name in shared} | param_group
         super().add_param_group(param_group)
         group, first = self.param_groups[-1], self.param_groups[0]
         if "filter" not in first:
@@ -54,7 +62,7 @@ class ScalarFilter(CheckedOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
         for name, default in self.defaults.items():
-            value = default if group is self.param_groups[0] else self.param_groups[0][name]
+            value = default if group is self.param_groups[0] else self.param_groups[0].get(name, default)
             if name not in self.per_group and group[name] != value:
                 raise ValueError(
                     f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
@@ -67,6 +75,8 @@ class ScalarFilter(CheckedOptimizer):
         # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
         groups = state.get("param_groups", [])
         saved = groups[0].get("filter") if groups else None
+        if isinstance(saved, Tensor) and saved.numel() == len(self.filter_entries) - self.new_entries:
+            saved = torch.cat([saved, saved.new_zeros(self.new_entries)])  # of version 0.1
         if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
             raise ValueError(
                 f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
@@ -111,9 +121,17 @@ class LossFilter(ScalarFilter):
     """
 
     per_group = ("lr", "weight_decay")
+    new_entries = 1
     filter_type: Any  # the NamedTuple of the filter's scalars
-    _observed: Losses | None = None
+    _observed: tuple[Losses, ...] = ()  # of this step, one per call of observe()
+    _earlier = 0  # how many of them came before the last predict(): of micro-batches whose gradients are there
     _observed_dtype = torch.float32
+    _zeroed: tuple[tuple[int, int], ...] = ()  # gradients that zero_grad() filled with zeros, and their versions
+
+    @property
+    def negative_losses(self) -> int:
+        """Return how many steps had a negative mean loss, which "relative" cannot go below. Waits for the device."""
+        return int(self._filter()[self.filter_entries.index("negative_losses")].item())
 
     # -- what a subclass fills in ------------------------------------------------------------------------------
 
@@ -135,14 +153,29 @@ class LossFilter(ScalarFilter):
     def predict(self) -> None:
         """Move weights and filter to the prediction, where loss and gradient must be evaluated.
 
-        A second call before ``step`` moves nothing, so a step that a gradient scaler skipped can simply be repeated;
-        losses observed meanwhile are forgotten.
+        A second call before ``step`` moves nothing. Losses observed before it still count if their gradients are there,
+        as those of micro-batches are, and are forgotten if the gradients were cleared since: so a step that a gradient
+        scaler skipped can simply be repeated.
         """
-        self._observed = None
+        if self._observed and not self._has_gradients():
+            self._observed = ()
+        self._earlier = len(self._observed)
         if not self.param_groups[0]["predicted"]:
             self._predict()
             for group in self.param_groups:
                 group["predicted"] = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and forget the losses from before the last ``predict()``, whose gradients they were."""
+        super().zero_grad(set_to_none)
+        self._observed, self._earlier = self._observed[self._earlier :], 0
+        grads = [] if set_to_none else [p.grad for p in self._trained() if p.grad is not None]
+        self._zeroed = tuple((id(g), g._version) for g in grads)
+
+    def _has_gradients(self) -> bool:
+        """Say whether a gradient was computed since they were cleared."""
+        grads = [p.grad for p in self._trained() if p.grad is not None]
+        return any((id(g), g._version) not in self._zeroed for g in grads)
 
     def observe(self, losses: Tensor | float) -> None:
         """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
@@ -161,16 +194,16 @@ class LossFilter(ScalarFilter):
                 "weights; call optimizer.predict() before the forward pass, or use optimizer.step(closure)"
             )
         if not isinstance(losses, (Tensor, float, int)):
-            raise TypeError(f"losses must be a tensor or a float, got {losses!r} ({type(losses).__name__})")
+            what = f"a {type(losses).__name__}" if isinstance(losses, (tuple, list, dict)) else repr(losses)
+            raise TypeError(f"losses must be a tensor or a float, got {what}")
         losses = torch.as_tensor(losses).detach()
         if not losses.is_floating_point():
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
         if losses.numel() == 0:
             raise ValueError("losses are empty: a step needs at least one sample")
         values = losses.to(self.param_groups[0]["filter"])
-        before = self._observed or Losses(0.0, 0.0, 0)
-        total, squares = scalars(values.sum()), scalars(values.square().sum())
-        self._observed = Losses(before.total + total, before.squares + squares, before.number + losses.numel())
+        seen = Losses(scalars(values.sum()), scalars(values.square().sum()), losses.numel())
+        self._observed = (*self._observed, seen)
         self._observed_dtype = losses.dtype
 
     @torch.no_grad()
@@ -198,34 +231,52 @@ class LossFilter(ScalarFilter):
         on from there.
         """
         if closure is not None:
-            if loss is not None:
-                raise RuntimeError("step() takes a closure or a loss, not both")
             if not callable(closure):
                 raise TypeError(
                     f"step() takes a closure, got a {type(closure).__name__}; losses go in as step(loss=...)"
                 )
+            before, self._observed = self._observed if self.param_groups[0]["predicted"] else (), ()
             self.predict()
             with torch.enable_grad():
-                loss = closure()
-            if loss is None:
-                raise TypeError("the closure must return the losses, got None")
+                returned = closure()
+            if returned is None:
+                self._observed = before + self._observed
+                self._check_observed(loss)
+            elif loss is not None:
+                raise RuntimeError("step() takes a closure or a loss, not both")
+            else:
+                loss = returned
         if loss is not None:
             self.observe(loss)
-        if self._observed is None:
-            if all(float(group["lr"]) == 0 for group in self.param_groups):
-                self._initialise()
-                return None
+        if self._observed:
+            mean = self._update(Losses(*map(sum, zip(*self._observed, strict=True))))
+        elif closure is not None:  # it had no losses this time: the prediction stands
+            state, mean = self.filter_type(*scalars(self._filter())), None
+            self._write(state._replace(skipped_steps=state.skipped_steps + 1))
+        elif all(float(group["lr"]) == 0 for group in self.param_groups):
+            self._initialise()
+            return None
+        else:
             raise RuntimeError(
                 f"{type(self).__name__}.step() needs the losses: use step(closure), or predict() before the forward "
                 "pass and step(loss=losses) after backward, or observe(losses) before a bare step()"
             )
-        mean = self._update(self._observed)
-        self._observed = None
+        self._observed, self._earlier = (), 0
         for group in self.param_groups:
             group["predicted"] = False
+        if mean is None:
+            return None
         if not isinstance(mean, Tensor):
             mean = torch.full((), mean, dtype=self._observed_dtype, device=self.param_groups[0]["filter"].device)
         return mean.to(self._observed_dtype)
+
+    def _check_observed(self, loss: Any) -> None:
+        """Raise if a closure returned None and there is a gradient, but no loss.
+
+        Closures of frameworks return None around a step whose losses were observed, and where they skip a batch.
+        """
+        if loss is None and not self._observed and self._has_gradients():
+            raise TypeError("the closure must return the losses, got None; or call observe(losses) before the step")
 
     # -- the filter's scalars, groups and state -----------------------------------------------------------------
 
@@ -242,8 +293,7 @@ class LossFilter(ScalarFilter):
     def filter_state(self) -> dict[str, float]:
         """Return the filter's scalars by name, as numbers. Reading them waits for the device."""
         values = dict(zip(self.filter_entries, self._filter().tolist(), strict=True))
-        del values["skipped_steps"]
-        return values
+        return {name: value for name, value in values.items() if name not in COUNTS}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the one filter; between ``predict`` and ``step`` they count as predicted where they are.
@@ -263,4 +313,4 @@ class LossFilter(ScalarFilter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._observed = None
+        self._observed, self._earlier = (), 0

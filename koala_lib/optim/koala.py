@@ -9,7 +9,9 @@ paper and released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``,
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import distributed as dist
 from koala_lib import kalman
 from koala_lib.optim._engine.checks import check_choice, check_flag, check_number, options_among
 from koala_lib.optim._engine.passes import KoalaPasses, Scalar, scalars
-from koala_lib.optim._engine.sharded import check_meshes
+from koala_lib.optim._engine.sharded import check_meshes, is_sharded
 from koala_lib.optim.filter import Losses, LossFilter
 
 __all__ = ["KoalaM", "KoalaV"]
@@ -32,6 +34,7 @@ class PositionFilter(NamedTuple):
     process_noise: Scalar  # Q
     measurement_noise: Scalar  # R
     skipped_steps: Scalar
+    negative_losses: Scalar
 
 
 class MomentumFilter(NamedTuple):
@@ -43,6 +46,7 @@ class MomentumFilter(NamedTuple):
     process_noise: Scalar  # q_x^2
     measurement_noise: Scalar  # R
     skipped_steps: Scalar
+    negative_losses: Scalar
 
 
 class _Koala(LossFilter):
@@ -50,6 +54,7 @@ class _Koala(LossFilter):
 
     has_velocity: bool
     _process_group: Any = None
+    _knows_ranks = False  # whether somebody said, or was asked, what joins the ranks
 
     def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
         for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
@@ -73,10 +78,15 @@ class _Koala(LossFilter):
             "process_noise": adaptive_q if q is None else q,
             "measurement_noise": options["initial_measurement_noise"] if R is None else R,
             "skipped_steps": 0.0,
+            "negative_losses": 0.0,
         }
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {process_group!r}")
-        self._process_group = process_group
+        if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup, None, or False for ranks that mean to be "
+                f"alone, got {process_group!r}"
+            )
+        self._process_group = process_group or None
+        self._knows_ranks = process_group is not None
         super().__init__(params, options, initial)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -84,19 +94,41 @@ class _Koala(LossFilter):
         if self._process_group is not None:
             check_meshes(group["params"], self._process_group)
 
+    def _warn_of_ranks(self) -> None:
+        """Say once that nothing joins the filters of several ranks, where nothing does."""
+        self._knows_ranks = True
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__} runs on {dist.get_world_size()} ranks without a process_group: every rank "
+                "filters its own losses, so replicas drift apart; give process_group=torch.distributed.group.WORLD, "
+                "or process_group=False if the ranks train apart on purpose",
+                stacklevel=5,
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy everything but the process group, which copies share."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._process_group, new._knows_ranks = self._process_group, self._knows_ranks
+        return new
+
     def _initialise(self) -> None:
         options = self.param_groups[0]
         start = torch.zeros_like if options["formulas"] == "released" else torch.clone  # x_avg: released row 2
-        for group in self.param_groups:
-            for p in group["params"]:
-                if self.has_velocity and "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                if options["process_noise"] is None and "average" not in self.state[p]:
-                    self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
+        for p in self._trained():
+            if self.has_velocity and "velocity" not in self.state[p]:
+                self.state[p]["velocity"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if options["process_noise"] is None and "average" not in self.state[p]:
+                self.state[p]["average"] = start(p.detach(), memory_format=torch.preserve_format)
 
     # -- Table 1, time update --------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
+        if not self._knows_ranks:
+            self._warn_of_ranks()
         options, state = self.param_groups[0], self.filter_type(*scalars(self._filter()))
         adaptive, released = options["process_noise"] is None, options["formulas"] == "released"
         beta, q = options["noise_decay"], state.process_noise
@@ -108,7 +140,7 @@ class _Koala(LossFilter):
                 average_rate=0.0 if released else 1 - beta,  # (23); released row 2: after the update
             )
         if adaptive:
-            n = sum(p.numel() for group in self.param_groups for p in group["params"])
+            n = sum(p.numel() for bucket in weights.buckets for p in bucket.params) or 1
             q_x = drift / n  # |x_{k-1} - x_avg|^2 / n (24)
             q = kalman.running_average(q, drift**0.5 / n, beta) if released else q_x  # released row 1
         self._write(self._predict_covariance(state, q))
@@ -135,6 +167,7 @@ class _Koala(LossFilter):
             together=options["blocks"] == "global",
         )
         L, A, R = seen.loss, state.variance, state.measurement_noise
+        state, missing = (f._replace(negative_losses=f.negative_losses + (L < 0)) for f in (state, missing))
         if options["measurement_noise"] is None:  # against target 0, used in the same step (released rows 4, 5)
             R = beta * R + (1 - beta) * seen.squared_loss  # (22)
 
@@ -357,4 +390,4 @@ class KoalaM(_Koala):
 
     def _condition_covariance(self, state: MomentumFilter, squared_norm: Scalar, R: Scalar) -> MomentumFilter:
         P = kalman.condition_momentum(kalman.MomentumCovariance(*state[:3]), squared_norm, R)  # (21)
-        return MomentumFilter(*P, state.process_noise, R, state.skipped_steps)
+        return state._replace(**P._asdict(), measurement_noise=R)

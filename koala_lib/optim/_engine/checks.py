@@ -42,6 +42,15 @@ def check_lr(lr: object) -> None:
     check_number("lr", lr)
 
 
+def check_whole(optimizer: str, params: Sequence[Tensor]) -> None:
+    """Raise for parameters that FSDP1 has flattened, several layers into one piece per rank."""
+    if any(getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False) for p in params):
+        raise TypeError(
+            f"{optimizer} needs the norm of every layer, which FullyShardedDataParallel (FSDP1) flattens away; use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
 def check_real(optimizer: str, params: Sequence[Tensor]) -> None:
     """Raise unless all parameters hold real floating-point numbers."""
     for p in params:
@@ -71,6 +80,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
     """Base of all of them: a param group is checked by :meth:`_check_group`, and refused without a trace."""
 
     whole_numbers: tuple[str, ...] = ()  # the options that are counts
+    made_in_groups: tuple[str, ...] = ()  # what the optimizer keeps in its groups: never taken from a user's dictionary
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own.
@@ -78,9 +88,12 @@ class CheckedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: as the constructor does.
         """
+        if isinstance(param_group, dict):  # a copy: dictionaries may be used for another optimizer, too
+            param_group = {name: value for name, value in param_group.items() if name not in self.made_in_groups}
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_whole(type(self).__name__, group["params"])
             self._check_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -28,6 +28,7 @@ PLAIN = {Tensor, nn.Parameter}  # not spread over ranks; to ask for the type is 
 MIN_ALONE = 2**17  # elements from which a tensor is treated alone
 MAX_TOGETHER = 2**18  # elements of smaller tensors that are treated together
 ONE = torch.ones((), device="cpu")
+OWN = ("params", "param_names")  # what groups with equal options still have apart
 
 Scalar = Any  # of a filter: a number, or a 0-dim tensor
 Scalars = Any  # one for each tensor: a list of numbers, or a vector
@@ -129,6 +130,8 @@ class Bucket(NamedTuple):
 class Passes:
     """The weights of an optimizer in buckets, and the ranks among which they are spread.
 
+    Frozen weights (``requires_grad=False``) take no part. Groups with equal options are treated as one.
+
     Args:
         optimizer: its groups hold ``foreach`` and ``fused``, its ``_initialise()`` creates the state that is missing.
         kept: names of the state that the passes need.
@@ -147,8 +150,14 @@ class Passes:
         self.ranks: list[Any] = [] if process_group is None else [process_group]
         if self.sharded and process_group is None:
             self.ranks = rank_groups(p for group in groups for p in group["params"])
+        alike: dict[Any, tuple[dict[str, Any], list[Tensor]]] = {}  # by their options
         for group in groups:
-            params: list[Tensor] = group["params"]
+            options = None
+            if len(groups) > 1:
+                known = ((name, id(v) if isinstance(v, Tensor) else repr(v)) for name, v in group.items())
+                options = frozenset((name, value) for name, value in known if name not in OWN)
+            alike.setdefault(options, (group, []))[1].extend(p for p in group["params"] if p.requires_grad)
+        for group, params in alike.values():
             lists: list[list[Tensor]] = []
             if observed:
                 params = [p for p in params if p.grad is not None]
@@ -157,9 +166,7 @@ class Passes:
             if group["fused"]:
                 lists, params = compiled_lists(params)
             compiled = len(lists)
-            rooms: dict[
-                Any, tuple[list[Tensor], float]
-            ] = {}  # the last list of a device and dtype, what it still takes
+            rooms: dict[Any, tuple[list[Tensor], float]] = {}  # the last list of a device and dtype, and its room
             for p in params:
                 size, kind = p.numel(), (p.device, p.dtype)
                 together, room = rooms.get(kind, ([], 0))

@@ -1,0 +1,281 @@
+"""What other people's training loops do to an optimizer: groups reused, weights frozen, micro-batches, closures."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from koala_lib import Apollo, KoalaM, KoalaV
+from tests.support.cases import Case, Net, advance, each_case, each_filter, evaluate, kept, losses_of, snapshot, weights
+
+# ---- groups and what comes in a user's dictionary
+
+
+def fresh(optimizer: Any) -> Any:
+    return optimizer
+
+
+def copied(optimizer: Any) -> Any:
+    return copy.deepcopy(optimizer)
+
+
+def pickled(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def loaded(optimizer: Any) -> Any:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+def train_both(mine: nn.Module, params: list[Tensor], other: nn.Module, optimizer: Any, k: int) -> Tensor:
+    """Losses of two networks; ``params`` are the first one's, which a copied optimizer has for itself."""
+    optimizer.zero_grad()
+    values = dict(zip(dict(mine.named_parameters()), params, strict=True))
+    losses = torch.func.functional_call(Loss(mine), {f"net.{name}": p for name, p in values.items()}, (k,))
+    losses = losses + losses_of(other, k)
+    losses.mean().backward()
+    return losses
+
+
+class Loss(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, k: int) -> Tensor:
+        return losses_of(self.net, k)
+
+
+@each_case
+@pytest.mark.parametrize("again", [copied, pickled, loaded])
+def test_parameters_are_added_after_a_load_as_before_it(case: Case, again: Callable[[Any], Any]) -> None:
+    ends = []
+    for way in (fresh, again):
+        first, second = Net(), Net(seed=1)
+        optimizer = way(case(first.parameters()))
+        mine = list(optimizer.param_groups[0]["params"])
+        optimizer.add_param_group({"params": list(second.parameters()), "lr": 0.5})
+        for k in range(3):
+            optimizer.step(partial(train_both, first, mine, second, optimizer, k))
+        ends.append(torch.cat([*(p.detach().reshape(-1) for p in mine), weights(second)]))
+    assert torch.equal(*ends)
+
+
+@each_case
+def test_group_dictionaries_can_be_used_again(case: Case) -> None:
+    net = Net()
+    groups = [{"params": [net.weight, net.bias], "lr": 0.3}, {"params": [net.out, net.scale, net.empty]}]
+    before = [dict(group) for group in groups]
+    first = case(groups)
+    advance(net, first, range(2))
+    assert [group.keys() for group in groups] == [group.keys() for group in before]
+    assert all(group["params"] is old["params"] for group, old in zip(groups, before, strict=True))
+    new, same = case(groups), case(copy.deepcopy(first.param_groups))
+    assert snapshot(Net(), new)["group.0.lr"] == 0.3
+    for again in (new, same):
+        state = again.state_dict()["param_groups"][0]
+        start = case(Net().parameters()).state_dict()["param_groups"][0]
+        for name in set(start) - {"params", "lr", "base_lr"}:
+            assert (
+                state[name] == start[name]
+                if not isinstance(start[name], Tensor)
+                else torch.equal(state[name], start[name])
+            ), name
+
+
+# ---- frozen weights
+
+
+@each_case
+def test_weights_frozen_in_mid_training_stay_and_do_not_count(case: Case) -> None:
+    net, other = Net(), Net()
+    optimizer, alone = case(net.parameters()), case(other.parameters())
+    advance(net, optimizer, range(3))
+    advance(other, alone, range(3))
+    for of in (net, other):
+        of.bias.requires_grad_(False)
+        of.bias.grad = None
+    alone.param_groups[0]["params"] = [p for p in other.parameters() if p is not other.bias]
+    before = net.bias.detach().clone()
+    advance(net, optimizer, range(3, 6))
+    advance(other, alone, range(3, 6))
+    assert torch.equal(net.bias, before)
+    assert torch.equal(weights(net), weights(other))
+    net.bias.requires_grad_(True)
+    advance(net, optimizer, [6])
+    assert not torch.equal(net.bias, before)
+
+
+@each_case
+def test_weights_frozen_from_the_start_are_as_if_they_were_not_there(case: Case) -> None:
+    net, other = Net(), Net()
+    for of in (net, other):
+        of.weight.requires_grad_(False)
+    optimizer = case(net.parameters())
+    alone = case([p for p in other.parameters() if p.requires_grad])
+    advance(net, optimizer, range(4))
+    advance(other, alone, range(4))
+    assert torch.equal(weights(net), weights(other))
+    assert not kept(optimizer, net.weight)
+    net.weight.requires_grad_(True)
+    before = net.weight.detach().clone()
+    advance(net, optimizer, range(4, 6))
+    assert not torch.equal(net.weight, before)
+
+
+# ---- micro-batches, however predict is called
+
+
+def micro_step(net: nn.Module, optimizer: Any, k: int, order: str) -> None:
+    """One step on a minibatch in three parts, with a hook's predict() before each forward pass."""
+    parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    if order == "zero first":
+        optimizer.zero_grad()
+    for i, rows in enumerate(parts):
+        optimizer.predict()
+        losses = losses_of(net, k, rows=rows)
+        optimizer.observe(losses)
+        if order == "zero before backward" and i == 0:  # Lightning's order
+            optimizer.zero_grad()
+        (losses.mean() / len(parts)).backward()
+
+
+@each_filter
+@pytest.mark.parametrize("order", ["zero first", "zero before backward"])
+def test_losses_of_micro_batches_add_up_however_often_predict_is_called(case: Case, order: str) -> None:
+    net, whole = Net(), Net()
+    optimizer, other = case(net.parameters()), case(whole.parameters())
+    for k in range(4):
+        micro_step(net, optimizer, k, order)
+        optimizer.step()
+    advance(whole, other, range(4))
+    assert torch.allclose(weights(net), weights(whole), rtol=1e-12, atol=1e-12)
+    assert optimizer.filter_state() == pytest.approx(other.filter_state(), rel=1e-9, abs=1e-12)
+
+
+@each_filter
+@pytest.mark.parametrize("order", ["zero first", "zero before backward"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_step_that_a_scaler_skipped_is_repeated(case: Case, order: str, to_none: bool) -> None:
+    net, plain = Net(), Net()
+    optimizer, other = case(net.parameters()), case(plain.parameters())
+    clear = optimizer.zero_grad
+    optimizer.zero_grad = lambda: clear(set_to_none=to_none)
+    for k in range(4):
+        if k == 2:
+            micro_step(net, optimizer, 77, order)  # and no step: its gradients overflowed
+        micro_step(net, optimizer, k, order)
+        optimizer.step()
+    advance(plain, other, range(4))
+    assert torch.allclose(weights(net), weights(plain), rtol=1e-12, atol=1e-12)
+
+
+# ---- closures of frameworks
+
+
+@each_filter
+def test_a_closure_that_returns_nothing_is_a_bare_step_after_observe(case: Case) -> None:
+    net, plain = Net(), Net()
+    optimizer, other = case(net.parameters()), case(plain.parameters())
+    for k in range(3):
+        optimizer.predict()
+        losses = evaluate(net, optimizer, k)
+        if k == 1:
+            optimizer.step(lambda: None, loss=losses)
+        else:
+            optimizer.observe(losses)
+            optimizer.step(lambda: None)
+    advance(plain, other, range(3))
+    assert torch.equal(weights(net), weights(plain))
+
+
+@each_filter
+def test_a_closure_that_skips_its_batch_is_a_step_without_observation(case: Case) -> None:
+    """As Lightning's closure does where ``training_step`` returns None: gradients are cleared, there is no loss."""
+    net = Net()
+    optimizer = case(net.parameters())
+    advance(net, optimizer, range(2))
+    assert optimizer.step(lambda: optimizer.zero_grad()) is None
+    assert optimizer.skipped_steps == 1
+    advance(net, optimizer, [2])
+    assert optimizer.skipped_steps == 1
+
+    def forgets_to_return() -> None:
+        evaluate(net, optimizer, 3)
+
+    with pytest.raises(TypeError, match="closure must return the losses, got None"):
+        optimizer.step(forgets_to_return)
+
+
+@each_filter
+@pytest.mark.parametrize(
+    "wrap", [lambda x: (x, x), lambda x: {"loss": x}, lambda x: [x]], ids=["tuple", "dict", "list"]
+)
+def test_a_closure_that_returns_a_collection_is_told_so_in_a_line(case: Case, wrap: Callable[[Tensor], Any]) -> None:
+    net = Net()
+    optimizer = case(net.parameters())
+    with pytest.raises(TypeError, match=r"losses must be a tensor or a float, got a (tuple|dict|list)") as error:
+        optimizer.step(lambda: wrap(evaluate(net, optimizer, 0)))
+    assert "tensor(" not in str(error.value)
+
+
+# ---- negative losses
+
+
+@each_filter
+def test_negative_mean_losses_are_counted(case: Case) -> None:
+    net = Net()
+    optimizer = case(net.parameters())
+    for k, shift in enumerate((0.0, 50.0, 50.0, 0.0)):
+        optimizer.step(lambda k=k, shift=shift: evaluate(net, optimizer, k) - shift)
+    assert optimizer.negative_losses == 2
+    again = case(Net().parameters())
+    again.load_state_dict(optimizer.state_dict())
+    assert again.negative_losses == 2
+
+
+# ---- many groups
+
+
+@pytest.mark.parametrize("make", [KoalaV, KoalaM, Apollo])
+def test_groups_with_equal_options_are_stepped_together(make: Any) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(40)]
+    optimizer = make([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = torch.ones(2)
+    from koala_lib.optim._engine.passes import Passes
+
+    optimizer._initialise()
+    assert len(Passes(optimizer, (), observed=True).buckets) == 1
+    optimizer.param_groups[20]["lr"] = 0.5
+    assert len(Passes(optimizer, (), observed=True).buckets) == 2
+
+
+# ---- copies
+
+
+def test_a_copy_keeps_its_process_group(tmp_path: Any) -> None:
+    from torch import distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        optimizer = KoalaM([nn.Parameter(torch.ones(2))], process_group=dist.group.WORLD)
+        assert copy.deepcopy(optimizer)._process_group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_needs_no_group() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = Net()
+        advance(net, KoalaM(net.parameters()), [0])

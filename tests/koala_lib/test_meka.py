@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.theory import problems
 from koala_lib.optim import meka
-from koala_lib.optim.meka import Meka, _dot
+from koala_lib.optim._engine.lists import dot
+from koala_lib.optim.meka import Meka
 from koala_lib.reference.meka import ReferenceMeka
 
 F64 = torch.float64
@@ -433,8 +434,8 @@ def test_the_rule_may_change_on_the_way() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_inner_products_are_added_up_in_float32_at_least(dtype: torch.dtype) -> None:
     ones = [torch.ones(1001, dtype=dtype), torch.ones(2, 3, dtype=dtype)]  # bfloat16 has no 1001
-    assert _dot(ones, ones) == 1007
-    assert _dot(ones, ones).dtype == torch.float64
+    assert dot(ones, ones) == 1007
+    assert dot(ones, ones).dtype == torch.float64
 
 
 def test_gradients_of_the_caller_are_left_alone() -> None:

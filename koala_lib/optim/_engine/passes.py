@@ -157,9 +157,7 @@ class Passes:
             if group["fused"]:
                 lists, params = compiled_lists(params)
             compiled = len(lists)
-            rooms: dict[
-                Any, tuple[list[Tensor], float]
-            ] = {}  # the last list of a device and dtype, what it still takes
+            rooms: dict[Any, tuple[list[Tensor], float]] = {}  # last list of a device and dtype, what it still takes
             for p in params:
                 size, kind = p.numel(), (p.device, p.dtype)
                 together, room = rooms.get(kind, ([], 0))

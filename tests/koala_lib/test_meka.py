@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.theory import problems
+from koala_lib.moments import sample_moments
 from koala_lib.optim import meka
 from koala_lib.optim._engine.lists import dot
 from koala_lib.optim.meka import Meka
@@ -504,6 +505,24 @@ def test_frozen_parameters_stay_and_join_later() -> None:
     assert optimizer.param_groups[1]["smoothing"] == 0.9
     advance(net, optimizer, range(3, 5))
     assert optimizer.skipped_steps == 0
+
+
+def test_groups_with_rates_of_their_own_have_the_variance_of_their_displacement() -> None:
+    """d^T P d is k times the variance of d^T g, also where the displacement d is no multiple of the direction."""
+    net = Net()
+    net.weight.requires_grad_(False)
+    optimizer = Meka(net, squared, 0.3, variances="directional")
+    net.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [net.weight], "lr": 0.03})
+    for k in range(3):
+        before = copy.deepcopy(net)
+        advance(net, optimizer, range(k, k + 1))
+    displacement = {name: optimizer.state[p]["displacement"] for name, p in net.named_parameters()}
+    seen = sample_moments(before, squared, *batch(k), displacement)
+    assert seen.slope_variance is not None
+    entries = dict(zip(Meka.filter_entries, optimizer.param_groups[0]["filter"].unbind(), strict=True))
+    of_mean = seen.slope_variance / len(batch(k)[0])
+    torch.testing.assert_close(entries["displacement_variance"], entries["gain"] * of_mean, rtol=1e-9, atol=0.0)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

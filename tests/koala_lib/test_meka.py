@@ -337,6 +337,18 @@ def test_a_gradient_that_overflows_is_a_missing_observation() -> None:
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("variances", meka.VARIANCES)
+def test_a_variance_that_overflows_along_the_direction_is_a_missing_observation(variances: str) -> None:
+    # c x^2 / 2 for c = 1, 2 times 1e100 at x = 1e-40: the direction is -c x = 1e60, its products c^2 x = 1e160
+    model = line(1e-40)
+    options: dict[str, Any] = {"prior_variance": 1e200, "variances": variances}  # a wide prior, so that m = g
+    optimizer = Meka(model, lambda outputs, c: c[:, 0] * outputs[:, 0] ** 2 / 2, **options)
+    optimizer.step(torch.ones(2, 1, dtype=F64), torch.tensor([[1e100], [2e100]], dtype=F64))
+    assert model.weight.item() == 1e-40
+    assert optimizer.skipped_steps == 1
+    assert optimizer.filter_state()["value"] == 0.0
+
+
 # ---- what it returns and keeps ---------------------------------------------------------------------------------------
 
 

@@ -112,7 +112,7 @@ def corrected_average(average: Scalar, value: Scalar, weight: Scalar, decay: flo
 
 
 class ValueEstimate(NamedTuple):
-    """What :func:`condition_value` returns."""
+    """The loss after an observation."""
 
     value: Tensor  # u
     variance: Tensor  # s
@@ -212,11 +212,20 @@ def condition_value(value: Tensor, variance: Tensor, observation: Tensor, measur
     >>> condition_value(zero, one, 2 * one, one)  # c = 2, lambda = 4 - 2, s^ = 3
     ValueEstimate(value=tensor(1.5000), variance=tensor(0.7500), model_error=tensor(2.))
     """
-    innovation = observation - value
-    error = (innovation.square() - (variance + measurement_noise)).clamp(min=0)
-    predicted = variance + error
+    error = ((observation - value).square() - (variance + measurement_noise)).clamp(min=0)
+    estimate = condition_trusted_value(value, variance + error, observation, measurement_noise)
+    return estimate._replace(model_error=error)
+
+
+def condition_trusted_value(
+    value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor
+) -> ValueEstimate:
+    """Condition the loss on an observation, with lambda = 0: as if the prediction had no model error.
+
+    gamma = s^ / (s^ + r) with s^ = variance, u = (1 - gamma) u^ + gamma y, s = (1 - gamma) s^.
+    """
     return ValueEstimate(
-        value=value + gain(predicted, measurement_noise) * innovation,
-        variance=condition_variance(predicted, measurement_noise),
-        model_error=error,
+        value=value + gain(variance, measurement_noise) * (observation - value),
+        variance=condition_variance(variance, measurement_noise),
+        model_error=torch.zeros_like(variance),
     )

@@ -18,7 +18,6 @@ from torch.nn import functional
 from koala_lib.moments._calls import Bent, Call, Tangent, UnknownCallError, second_order
 from koala_lib.moments._group_norm import GroupNormFunction, bend, channel_sums, spread
 from koala_lib.moments._products import (
-    BATCH_NORM,
     Moments,
     Pair,
     both,
@@ -37,12 +36,6 @@ from koala_lib.moments._products import (
 def in_front(x: Tensor, samples: int) -> bool:
     """Say whether dimension 0 counts the samples, and dimension 1 could not be meant."""
     return x.shape[:1] == (samples,) and (x.dim() < 3 or x.shape[1] != samples)
-
-
-def refuse_batch_statistics(*args: Any, training: bool = False, **kwargs: Any) -> None:
-    """Raise ValueError for ``functional.batch_norm`` with the statistics of the batch."""
-    if training or (len(args) > 5 and args[5]):
-        raise ValueError(BATCH_NORM.format("functional.batch_norm(training=True)"))
 
 
 class Layer(Call):
@@ -70,7 +63,29 @@ class Layer(Call):
         raise NotImplementedError
 
 
-class Linear(Layer):
+class Product(Layer):
+    """A layer W a + b, which bends its output by 2 W' a'."""
+
+    spatial = 0  # dimensions of the output after the one that b counts
+
+    def product(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute W a + b."""
+        raise NotImplementedError
+
+    def push(self, *tangents: Tangent) -> Bent:
+        a1, w1, b1 = tangents
+        assert self.weight is not None
+        out = None if a1 is None else self.product(a1, self.weight, None)
+        if w1 is not None:
+            more = self.product(self.input, w1, b1)
+            out = more if out is None else out.add_(more)
+        elif b1 is not None:
+            shift = b1.reshape(-1, *[1] * self.spatial)
+            out = shift.expand(self.shape) if out is None else out.add_(shift)
+        return out, None if a1 is None or w1 is None else self.bent(self.product(a1, w1, None), 2.0)
+
+
+class Linear(Product):
     """``functional.linear``; dimensions between the first and the last are positions."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -117,20 +132,11 @@ class Linear(Layer):
         """Whether the curvatures of weight and bias are one inner product, booked under the weight."""
         return self.whole and self.own is not None
 
-    def push(self, *tangents: Tangent) -> Bent:
-        a1, w1, b1 = tangents
-        a, w = self.input, self.weight
-        assert w is not None
-        out = None if a1 is None else functional.linear(a1, w)
-        if w1 is not None:
-            more = functional.linear(a, w1, b1)
-            out = more if out is None else out.add_(more)
-        elif b1 is not None:
-            out = b1.expand(*a.shape[:-1], -1) if out is None else out.add_(b1)
-        return out, None if a1 is None or w1 is None else self.bent(functional.linear(a1, w1), 2.0)
+    def product(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(a, weight, bias)
 
 
-class Convolution(Layer):
+class Convolution(Product):
     """``conv1d``, ``conv2d``, ``conv3d``: a linear layer on the window of every output position."""
 
     def __init__(
@@ -146,6 +152,7 @@ class Convolution(Layer):
         super().__init__(input, weight, bias)
         self.options = (stride, padding, dilation, groups)
         self.kernel = tuple(weight.shape[2:])
+        self.spatial = len(self.kernel)
         self.stride, self.dilation = (self._each(n) for n in (stride, dilation))
         self.groups = groups
         if isinstance(padding, str):  # "same" puts the odd one at the end
@@ -157,10 +164,10 @@ class Convolution(Layer):
 
     def _each(self, n: int | Sequence[int]) -> tuple[int, ...]:
         each = (n,) if isinstance(n, int) else tuple(n)
-        return each * len(self.kernel) if len(each) == 1 else each
+        return each * self.spatial if len(each) == 1 else each
 
     def fits(self, samples: int) -> bool:
-        return self.input.dim() == len(self.kernel) + 2 and self.input.shape[0] == samples
+        return self.input.dim() == self.spatial + 2 and self.input.shape[0] == samples
 
     def weight_moments(self, grad: Tensor) -> Moments:
         weight, places = self.weight, tuple(grad.shape[2:])
@@ -205,19 +212,9 @@ class Convolution(Layer):
     def bias_moments(self, grad: Tensor) -> Moments:
         return vector_moments(both(channel_sums, pair(grad)), tangent(self.bias))
 
-    def push(self, *tangents: Tangent) -> Bent:
-        a1, w1, b1 = tangents
-        a, w = self.input, self.weight
-        convolve: Callable[..., Tensor] = (torch.conv1d, torch.conv2d, torch.conv3d)[len(self.kernel) - 1]
-        out = None if a1 is None else convolve(a1, w, None, *self.options)
-        if w1 is not None:
-            more = convolve(a, w1, b1, *self.options)
-            out = more if out is None else out.add_(more)
-        elif b1 is not None:
-            shift = b1.reshape(-1, *[1] * len(self.kernel))
-            out = shift.expand(self.shape) if out is None else out.add_(shift)
-        bends = a1 is not None and w1 is not None
-        return out, self.bent(convolve(a1, w1, None, *self.options), 2.0) if bends else None
+    def product(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve: Callable[..., Tensor] = (torch.conv1d, torch.conv2d, torch.conv3d)[self.spatial - 1]
+        return convolve(a, weight, bias, *self.options)
 
 
 class GroupNorm(Layer):

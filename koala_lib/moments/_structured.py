@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from koala_lib.moments._layers import LAYERS, Layer, in_front, refuse_batch_statistics
-from koala_lib.moments._products import Moments, Spread, check_losses, dots, dual, pair, square_sum
+from koala_lib.moments._layers import LAYERS, Layer, in_front
+from koala_lib.moments._products import BATCH_NORM, Moments, Spread, check_losses, dots, dual, pair, square_sum
 from koala_lib.moments._tangents import Tape
 
 _OF_SAMPLES = "_koala_of_samples"  # set on tensors that are computed from the inputs
@@ -39,7 +39,7 @@ class _Recorder(TorchFunctionMode):
         tensors = list(_tensors((*args, kwargs)))
         of_samples = any(hasattr(t, _OF_SAMPLES) for t in tensors)
         if func is functional.batch_norm:
-            refuse_batch_statistics(*args, **kwargs)
+            _refuse_batch_statistics(*args, **kwargs)
         layer = LAYERS[func](*args, **kwargs) if func in LAYERS else None
         entry = None if self.tape is None else self.tape.entry(layer, func, args, kwargs, tensors)
         call = layer if entry is None else entry.call
@@ -81,6 +81,12 @@ class _Recorder(TorchFunctionMode):
         if not layer.input.requires_grad:
             self.sources.append(get_gradient_edge(out))
         out.register_hook(collect)  # type: ignore[no-untyped-call]
+
+
+def _refuse_batch_statistics(*args: Any, training: bool = False, **kwargs: Any) -> None:
+    """Raise ValueError for ``functional.batch_norm`` with the statistics of the batch."""
+    if training or (len(args) > 5 and args[5]):
+        raise ValueError(BATCH_NORM.format("functional.batch_norm(training=True)"))
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from koala_lib.optim._engine.checks import (
     CheckedOptimizer,
+    check_bool,
     check_choice,
     check_flag,
     check_lr,
@@ -386,8 +387,7 @@ class Apollo(CheckedOptimizer):
             check_number("warmup_init_lr", group["warmup_init_lr"])
         check_number("weight_decay", group["weight_decay"])
         for name in ("decoupled_weight_decay", "maximize"):
-            if not isinstance(group[name], bool):
-                raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+            check_bool(name, group[name])
         check_choice("eps_scaling", group["eps_scaling"], ("released", "literal"))
         check_flag("foreach", group["foreach"])
         check_flag("fused", group["fused"])

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from koala_lib import kalman
 from koala_lib.moments import METHODS, Along, observe, sample_moments
-from koala_lib.optim._engine.checks import check_choice, check_number
-from koala_lib.optim._engine.lists import scalar_dtype
+from koala_lib.optim._engine.checks import check_bool, check_choice, check_number, check_problem, options_among
+from koala_lib.optim._engine.lists import dot
 from koala_lib.optim._engine.sharded import is_sharded
 from koala_lib.optim.filter import Entries, ScalarFilter
 from koala_lib.step_size import RULES, PredictedChange
@@ -31,14 +30,14 @@ VARIANCES = ("mean", "directional", "sum")
 
 
 class _Observed(NamedTuple):
-    """What a minibatch says: means and variances over its samples; scalars in float64, lists by parameter."""
+    """What a minibatch says: means and their variances; scalars in float64, lists in the order of the parameters."""
 
     mean_loss: Tensor  # y as it came
     loss: Tensor  # y
-    loss_variance: Tensor
-    gradient_variance: Tensor
-    product_variance: Tensor
-    curvature_variance: Tensor  # of d^T B_i d
+    loss_variance: Tensor  # the new r
+    gradient_variance: Tensor  # the new sigma
+    product_variance: Tensor  # q
+    curvature_variance: Tensor  # d^T Q d
     gradients: list[Tensor]  # g
     products: list[Tensor]  # Hessian times direction
     along: Callable[[Mapping[str, Tensor]], Along] | None  # slope and curvature along another direction
@@ -50,17 +49,6 @@ class _Ahead(NamedTuple):
     curvature: Tensor  # delta^T B delta
     slope_variance: Tensor  # delta^T P delta
     curvature_variance: Tensor  # delta^T Q delta
-
-
-def _dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """Return x^T y of two vectors that lie in lists of tensors; 0-dim, float64 where the device has it.
-
-    A tensor is added up in float32 at least, in torch's cascade, which loses no more than the products' rounding did;
-    their sums in float64. To add everything in float64 would first copy it.
-    """
-    products = torch._foreach_mul(xs, ys)
-    sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in products]
-    return torch.stack(sums).sum(dtype=scalar_dtype(sums[0].device))
 
 
 def _weights(tensors: list[Tensor]) -> int:
@@ -78,18 +66,6 @@ def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]
 def reading_is_free(device: torch.device) -> bool:
     """Say whether a step may read a tensor: an accelerator would be waited for; masks are three times a copy's work."""
     return device.type == "cpu"
-
-
-def trusted_value(
-    value: Tensor, variance: Tensor, observation: Tensor, measurement_noise: Tensor
-) -> kalman.ValueEstimate:
-    """Condition the loss as :func:`koala_lib.kalman.condition_value` does, with lambda = 0: without model error."""
-    gain = kalman.gain(variance, measurement_noise)
-    return kalman.ValueEstimate(
-        value=value + gain * (observation - value),
-        variance=kalman.condition_variance(variance, measurement_noise),
-        model_error=torch.zeros_like(variance),
-    )
 
 
 class Meka(ScalarFilter):
@@ -210,17 +186,8 @@ class Meka(ScalarFilter):
         third_order: bool = False,
         curvature_smoothing: float = 0.0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model must be a torch.nn.Module, got a {type(model).__name__}: Meka runs the forward pass"
-            )
-        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-            raise ValueError(
-                "Meka runs in one process, but the model holds a DistributedDataParallel: give it the module inside "
-                "and the whole batch"
-            )
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got a {type(loss_fn).__name__}")
+        options = options_among(locals())
+        check_problem(type(self).__name__, model, loss_fn)
         check_choice("step_size", step_size, ("constant", *RULES))
         check_choice("direction", direction, ("gradient", "adam"))
         check_number("smoothing", smoothing, high=1.0)
@@ -228,21 +195,8 @@ class Meka(ScalarFilter):
         check_choice("moments", moments, METHODS)
         check_number("prior_variance", prior_variance, open_low=True)
         check_choice("variances", variances, VARIANCES)
-        if not isinstance(third_order, bool):
-            raise TypeError(f"third_order must be True or False, got {third_order!r}")
+        check_bool("third_order", third_order)
         check_number("curvature_smoothing", curvature_smoothing, high=1.0)
-        options = {
-            "lr": lr,
-            "step_size": step_size,
-            "direction": direction,
-            "smoothing": smoothing,
-            "max_step_size": max_step_size,
-            "moments": moments,
-            "prior_variance": prior_variance,
-            "variances": variances,
-            "third_order": third_order,
-            "curvature_smoothing": curvature_smoothing,
-        }
         self.model, self.loss_fn = model, loss_fn
         initial = dict.fromkeys(self.filter_entries, 0.0)
         initial |= {"variance": prior_variance, "value_variance": prior_variance}
@@ -270,18 +224,18 @@ class Meka(ScalarFilter):
         named = self._named_parameters()
         means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
         observed = self._observe(inputs, targets, named, moves)
-        entries, samples = self._entries(), len(targets)
+        entries = self._entries()
         missing = entries | {"skipped_steps": entries["skipped_steps"] + 1}
 
-        cubic = self._filter_value(entries, observed, means, moves, samples)
-        means = self._filter_gradient(entries, observed, means, samples)
+        cubic = self._filter_value(entries, observed, means, moves)
+        means = self._filter_gradient(entries, observed, means)
         options = self.param_groups[0]
         direction = _direction(means, entries["variance"], options["direction"])
         ahead = self._ahead(entries, observed, inputs, targets, named, direction)
         alpha = self._choose_step(entries, ahead, means, direction, cubic)
         entries["step_size"] = alpha * options["lr"]
         if options["variances"] == "directional":
-            variance = self._displacement_variance(entries, observed, ahead, named, direction, samples)
+            variance = self._displacement_variance(entries, observed, ahead, named, direction, len(targets))
             entries["displacement_variance"] = alpha.square() * variance
 
         # sigma and q are not finite if any entry of a gradient or a product is not
@@ -291,39 +245,34 @@ class Meka(ScalarFilter):
         self._filter().copy_(torch.where(usable, new, old))
         return observed.mean_loss
 
-    def _filter_value(
-        self, entries: Entries, observed: _Observed, means: list[Tensor], moves: list[Tensor], samples: int
-    ) -> Tensor:
+    def _filter_value(self, entries: Entries, observed: _Observed, means: list[Tensor], moves: list[Tensor]) -> Tensor:
         """Filter the loss with m and p of the step before: u, s, r, lambda and q (appendix B).
 
         Returns:
             lambda / |d|^6 (eq. 23), 0 where d = 0.
         """
         options = self.param_groups[0]
-        # variances of minibatch means
-        q = entries["process_noise"] = observed.product_variance / samples
-        r = self._average(entries, "value_noise", observed.loss_variance / samples, options["smoothing"])
-        m_d, d_d, d_b = _dot(means, moves), _dot(moves, moves), _dot(moves, observed.products)
+        q = entries["process_noise"] = observed.product_variance
+        r = self._average(entries, "value_noise", observed.loss_variance, options["smoothing"])
+        m_d, d_d, d_b = dot(means, moves), dot(moves, moves), dot(moves, observed.products)
         if options["variances"] == "directional":
-            d_P_d, d_Q_d = entries["displacement_variance"], observed.curvature_variance / samples
+            d_P_d, d_Q_d = entries["displacement_variance"], observed.curvature_variance
         else:
             factor = _weights(means) if options["variances"] == "sum" else 1
             d_P_d, d_Q_d = factor * entries["variance"] * d_d, factor * q * d_d
         predicted = kalman.predict_value(entries["value"], entries["value_variance"], m_d, d_b, d_P_d, d_Q_d)
         estimate = self._condition_value(*predicted, observed.loss, r)
         if options["third_order"]:  # the error is lambda3 |d|^6, which is none without a displacement
-            at_rest = trusted_value(*predicted, observed.loss, r)
+            at_rest = kalman.condition_trusted_value(*predicted, observed.loss, r)
             pairs = zip(estimate, at_rest, strict=True)
             estimate = kalman.ValueEstimate(*(torch.where(d_d > 0, moved, rest) for moved, rest in pairs))
         entries |= {"value": estimate.value, "value_variance": estimate.variance, "model_error": estimate.model_error}
         return torch.where(d_d > 0, estimate.model_error / d_d**3, 0.0)
 
-    def _filter_gradient(
-        self, entries: Entries, observed: _Observed, means: list[Tensor], samples: int
-    ) -> list[Tensor]:
+    def _filter_gradient(self, entries: Entries, observed: _Observed, means: list[Tensor]) -> list[Tensor]:
         """Filter the gradient: k, p, sigma (eqs. 6-8); return m."""
-        sigma = observed.gradient_variance / samples
-        sigma = self._average(entries, "measurement_noise", sigma, self.param_groups[0]["smoothing"])
+        decay = self.param_groups[0]["smoothing"]
+        sigma = self._average(entries, "measurement_noise", observed.gradient_variance, decay)
         p = kalman.predict_position(entries["variance"], entries["process_noise"])
         k = kalman.gain(p, sigma)
         entries |= {"gain": k, "variance": kalman.condition_variance(p, sigma)}
@@ -364,7 +313,7 @@ class Meka(ScalarFilter):
         assert moments.curvature is not None
         assert moments.hvp_variance is not None
         curvature, q = (number.to(self._filter()) for number in (moments.curvature, moments.hvp_variance))
-        squared = _dot(direction, direction) * (_weights(direction) if options["variances"] == "sum" else 1)
+        squared = dot(direction, direction) * (_weights(direction) if options["variances"] == "sum" else 1)
         return _Ahead(curvature, entries["variance"] * squared, q / samples * squared)
 
     def _choose_step(
@@ -375,13 +324,13 @@ class Meka(ScalarFilter):
         if options["step_size"] == "constant":
             return torch.ones_like(entries["alpha"])
         assert ahead is not None
-        squared, curvature = _dot(direction, direction), ahead.curvature
+        squared, curvature = dot(direction, direction), ahead.curvature
         if options["curvature_smoothing"]:
             relative = torch.where(squared > 0, curvature / squared, entries["curvature_average"])
             self._average(entries, "curvature_average", relative, options["curvature_smoothing"])
             curvature = entries["curvature_average"] * squared
         change = PredictedChange(
-            slope=-_dot(direction, means),
+            slope=-dot(direction, means),
             curvature=curvature,
             value_variance=entries["value_variance"],
             slope_variance=ahead.slope_variance,
@@ -454,7 +403,7 @@ class Meka(ScalarFilter):
         variances = (
             moments.loss_variance, moments.gradient_variance, moments.hvp_variance, moments.curvature_variance
         )  # fmt: skip
-        r, sigma, q, directional = (variance.to(self._filter()) for variance in variances if variance is not None)
+        r, sigma, q, directional = (v.to(self._filter()) / len(targets) for v in variances if v is not None)
         assert moments.hvp is not None  # there was a direction
         gradients, products = ([moment[name] for name in named] for moment in (moments.gradient, moments.hvp))
         loss = moments.loss

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.theory import problems
+from koala_lib.moments import sample_moments
 from koala_lib.optim import meka
-from koala_lib.optim.meka import Meka, _dot
+from koala_lib.optim._engine.lists import dot
+from koala_lib.optim.meka import Meka
 from koala_lib.reference.meka import ReferenceMeka
 
 F64 = torch.float64
@@ -335,6 +337,18 @@ def test_a_gradient_that_overflows_is_a_missing_observation() -> None:
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("variances", meka.VARIANCES)
+def test_a_variance_that_overflows_along_the_direction_is_a_missing_observation(variances: str) -> None:
+    # c x^2 / 2 for c = 1, 2 times 1e100 at x = 1e-40: the direction is -c x = 1e60, its products c^2 x = 1e160
+    model = line(1e-40)
+    options: dict[str, Any] = {"prior_variance": 1e200, "variances": variances}  # a wide prior, so that m = g
+    optimizer = Meka(model, lambda outputs, c: c[:, 0] * outputs[:, 0] ** 2 / 2, **options)
+    optimizer.step(torch.ones(2, 1, dtype=F64), torch.tensor([[1e100], [2e100]], dtype=F64))
+    assert model.weight.item() == 1e-40
+    assert optimizer.skipped_steps == 1
+    assert optimizer.filter_state()["value"] == 0.0
+
+
 # ---- what it returns and keeps ---------------------------------------------------------------------------------------
 
 
@@ -433,8 +447,8 @@ def test_the_rule_may_change_on_the_way() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_inner_products_are_added_up_in_float32_at_least(dtype: torch.dtype) -> None:
     ones = [torch.ones(1001, dtype=dtype), torch.ones(2, 3, dtype=dtype)]  # bfloat16 has no 1001
-    assert _dot(ones, ones) == 1007
-    assert _dot(ones, ones).dtype == torch.float64
+    assert dot(ones, ones) == 1007
+    assert dot(ones, ones).dtype == torch.float64
 
 
 def test_gradients_of_the_caller_are_left_alone() -> None:
@@ -503,6 +517,24 @@ def test_frozen_parameters_stay_and_join_later() -> None:
     assert optimizer.param_groups[1]["smoothing"] == 0.9
     advance(net, optimizer, range(3, 5))
     assert optimizer.skipped_steps == 0
+
+
+def test_groups_with_rates_of_their_own_have_the_variance_of_their_displacement() -> None:
+    """d^T P d is k times the variance of d^T g, also where the displacement d is no multiple of the direction."""
+    net = Net()
+    net.weight.requires_grad_(False)
+    optimizer = Meka(net, squared, 0.3, variances="directional")
+    net.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [net.weight], "lr": 0.03})
+    for k in range(3):
+        before = copy.deepcopy(net)
+        advance(net, optimizer, range(k, k + 1))
+    displacement = {name: optimizer.state[p]["displacement"] for name, p in net.named_parameters()}
+    seen = sample_moments(before, squared, *batch(k), displacement)
+    assert seen.slope_variance is not None
+    entries = dict(zip(Meka.filter_entries, optimizer.param_groups[0]["filter"].unbind(), strict=True))
+    of_mean = seen.slope_variance / len(batch(k)[0])
+    torch.testing.assert_close(entries["displacement_variance"], entries["gain"] * of_mean, rtol=1e-9, atol=0.0)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -189,6 +189,21 @@ def test_a_state_of_another_optimizer_is_refused(case: Case) -> None:
 
 
 @each_filter
+def test_a_filter_that_comes_in_float32_copies_is_one_in_float64_again(case: Case) -> None:
+    """As from a device without float64, through something that copied the groups one by one."""
+    net = Net()
+    optimizer = case(two_groups(net))
+    advance(net, optimizer, range(2))
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["filter"] = group["filter"].float()
+    optimizer.load_state_dict(saved)
+    first, second = (group["filter"] for group in optimizer.param_groups)
+    assert first is second
+    assert first.dtype == torch.float64
+
+
+@each_filter
 def test_loading_drops_a_pending_observation(case: Case) -> None:
     net, optimizer = trained(case, 2)
     saved = copy.deepcopy(optimizer.state_dict())

@@ -8,7 +8,11 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+# arguments of constructors that belong to no param group, and the cell of super()
+NO_OPTIONS = ("self", "params", "model", "loss_fn", "process_group", "__class__")
 
 
 def check_number(name: str, value: object, low: float = 0.0, high: float = math.inf, *, open_low: bool = False) -> None:
@@ -31,6 +35,12 @@ def check_flag(name: str, value: object) -> None:
     """Raise unless ``value`` is ``True``, ``False`` or ``None``."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be True, False or None, got {value!r}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise unless ``value`` is ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_lr(lr: object) -> None:
@@ -71,9 +81,24 @@ def check_dense(optimizer: str, params: Sequence[Tensor]) -> None:
             )
 
 
+def check_problem(optimizer: str, model: object, loss_fn: object) -> None:
+    """Raise unless an optimizer can run the forward pass itself: a module of one process, and a function of losses."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got a {type(model).__name__}: {optimizer} runs the forward pass"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{optimizer} runs in one process, but the model holds a DistributedDataParallel: give it the module "
+            "inside and the whole batch"
+        )
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got a {type(loss_fn).__name__}")
+
+
 def options_among(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a param group among a constructor's arguments, which are its ``locals()``."""
-    return {k: v for k, v in arguments.items() if k not in ("self", "params", "process_group", "__class__")}
+    return {name: value for name, value in arguments.items() if name not in NO_OPTIONS}
 
 
 class CheckedOptimizer(torch.optim.Optimizer):

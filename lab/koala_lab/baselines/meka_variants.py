@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from koala_lab.checks import check_known
-from koala_lib.optim.meka import Meka, trusted_value
+from koala_lib import kalman
+from koala_lib.optim.meka import Meka
 
 __all__ = ["MekaPreviousHessian", "MekaWithoutModelError"]
 
@@ -65,4 +66,4 @@ class MekaPreviousHessian(Meka):
 class MekaWithoutModelError(Meka):
     """MEKA whose function-value filter trusts its prediction: lambda = 0 in place of eq. (22) (appendix B.1)."""
 
-    _condition_value = staticmethod(trusted_value)
+    _condition_value = staticmethod(kalman.condition_trusted_value)

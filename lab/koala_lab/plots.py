@@ -197,10 +197,19 @@ def curves(
     return ax
 
 
+_STRONG = [*_SAFE[:5], "#882255", _SAFE[7], "#332288", _SAFE[9]]  # pink and yellow are too pale for thin lines
+_MARKERS = "osD^vPX<>*"
+
+
 def row_colours(rows: Sequence[str]) -> dict[str, str]:
-    """Return a colour per row of a table, by its place; colour-blind safe for up to ten."""
-    wheel = _SAFE if len(rows) <= len(_SAFE) else sns.color_palette("husl", len(rows)).as_hex()
+    """Return a colour per row of a table, by its place; colour-blind safe for up to nine."""
+    wheel = _STRONG if len(rows) <= len(_STRONG) else sns.color_palette("husl", len(rows)).as_hex()
     return dict(zip(rows, wheel, strict=False))
+
+
+def row_markers(rows: Sequence[str]) -> dict[str, str]:
+    """Return a marker per row of a table, by its place, so that colour alone tells no rows apart."""
+    return {row: _MARKERS[place % len(_MARKERS)] for place, row in enumerate(rows)}
 
 
 def table(
@@ -210,6 +219,7 @@ def table(
     curves: pd.DataFrame | None = None,
     curve_metric: str = "train_loss",
     printed: Mapping[str, float] | None = None,
+    printed_on: str = "",
     labels: Mapping[str, str] | None = None,
     unit: str = "test error (%)",
     curve_unit: str = "training loss (nats)",
@@ -219,7 +229,8 @@ def table(
     """Draw a table: its rows from top to bottom, and a line of panels per data set and network.
 
     From left to right: the paper's printed values as black squares, where there are any; every seed as a point with
-    the mean and its 95 % t-interval; the learning curves, where they are given.
+    the mean and its 95 % t-interval; the learning curves, where they are given, with the colours and markers of the
+    points.
 
     Args:
         frame: Table of runs, one line per row and run.
@@ -227,6 +238,7 @@ def table(
         curves: What `Notebook.curves` returns.
         curve_metric: Which of them to draw, on a logarithmic axis.
         printed: The paper's values by row, what `Notebook.printed` returns.
+        printed_on: The data set and network of these values.
         labels: Names of rows for people.
         unit: What the horizontal axes say.
         curve_unit: What the vertical axis of the curves says.
@@ -239,13 +251,14 @@ def table(
     rows, names = list(dict.fromkeys(frame["row"])), labels or {}
     shades, cases = row_colours(rows), list(frame.groupby(["dataset", "model"], sort=False))
     widths = [1.6] * bool(printed) + [2.4] + [2.8] * (curves is not None)
-    height = max(2.2, 0.32 * len(rows) + 0.9)
+    height = max(2.7, 0.32 * len(rows) + 0.9)
     size = (1.9 * sum(widths), height * len(cases))
     fig, grid = plt.subplots(len(cases), len(widths), figsize=size, width_ratios=widths, squeeze=False)
     for axes, ((dataset, model), case) in zip(grid, cases, strict=True):
         panels = list(axes)
         if printed:
             _printed(panels.pop(0), printed, rows)
+            axes[0].set(xlabel=unit, title=f"paper: {printed_on}" if printed_on else "paper")
         _dots(panels[0], case, metric, rows, shades, limit)
         panels[0].set(xlabel=unit, title=f"{dataset}, {model}, n = {case['seed'].nunique()}")
         axes[0].set_yticks(range(len(rows)), [names.get(row, row) for row in rows])
@@ -265,7 +278,6 @@ def _printed(ax: Axes, printed: Mapping[str, float], rows: Sequence[str]) -> Non
     """Draw the paper's numbers of the rows that it has."""
     known = [(printed[row], place) for place, row in enumerate(rows) if row in printed]
     ax.plot(*zip(*known, strict=True), "s", color=PALETTE["paper"], ms=6)
-    ax.set(title="paper")
     ax.margins(x=0.15)
     _row_axis(ax, rows)
 
@@ -275,10 +287,12 @@ def _dots(
 ) -> None:
     """Draw every seed, and the mean of each row with its interval."""
     end = math.inf if limit is None else limit
+    markers = row_markers(rows)
     for place, row in enumerate(rows):
         values = case.loc[case["row"] == row, metric].to_numpy(dtype=float)
         inside, beyond = values[values <= end], values[values > end]
-        ax.plot(inside, np.full(len(inside), place + 0.18), "o", ms=4, alpha=0.6, mew=0, color=shades[row])
+        look: dict[str, Any] = {"marker": markers[row], "ls": "", "ms": 5, "alpha": 0.6, "mew": 0, "color": shades[row]}
+        ax.plot(inside, np.full(len(inside), place + 0.2), **look)
         if len(beyond):  # an empty line that is not clipped would disturb the layout
             ax.plot(np.full(len(beyond), end), np.full(len(beyond), place), ">", ms=7, clip_on=False, color=shades[row])
         else:
@@ -290,10 +304,13 @@ def _dots(
 
 
 def _mean_curves(ax: Axes, data: pd.DataFrame, shades: Mapping[str, str]) -> None:
-    """Draw the mean over the seeds per epoch, one colour per row as in the panel beside it."""
+    """Draw the mean over the seeds per epoch, one colour and marker per row as in the panel beside it."""
+    markers = row_markers(list(shades))
     for row, mine in data.groupby("row", sort=False):
         mean = mine.groupby("epoch")["value"].mean()
-        ax.plot(mean.index, mean.to_numpy(), lw=2, color=shades[str(row)])
+        every = 1 + len(mean) // 10
+        look: dict[str, Any] = {"marker": markers[str(row)], "markevery": every, "ms": 6, "color": shades[str(row)]}
+        ax.plot(mean.index, mean.to_numpy(), lw=1.6, alpha=0.8, **look)
     log_y(ax)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 

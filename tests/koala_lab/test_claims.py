@@ -771,3 +771,5 @@ def test_data_sets_are_not_pooled() -> None:
     assert "; two inconclusive " in one.measured
     assert claims.combine({"one": verdict(same), "two": verdict(worse)}).outcome == "mixed (1 of 2 reproduced)"
     assert claims.combine(other).status == "inconclusive"
+    partly = claims.combine({"one": verdict(worse), "two": verdict({0: 2.0})})
+    assert (partly.status, partly.n) == ("mixed", 5)  # not the one seed of the data set that decides nothing

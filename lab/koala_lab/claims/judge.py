@@ -205,7 +205,7 @@ def _cases(given: Any) -> dict[str, float]:
 def combine(cases: Mapping[str, Verdict]) -> Verdict:
     """Join the verdicts of several data sets: theirs where all agree, ``mixed`` where they differ and any is decided.
 
-    Data sets are not a sample of anything, so their pairs are not pooled; ``n`` is that of each.
+    Data sets are not a sample of anything, so their pairs are not pooled; ``n`` is that of each that is decided.
 
     Args:
         cases: Verdicts of one claim at one preset, by data set.
@@ -216,13 +216,14 @@ def combine(cases: Mapping[str, Verdict]) -> Verdict:
     status, share = _agreed([v.status for v in cases.values()])
     one = len({v.status for v in cases.values()}) == 1
     texts = [f"{name} {v.measured}" if one else f"{name} {v.status} {v.measured}" for name, v in cases.items()]
+    decided = [v for v in cases.values() if v.status != INCONCLUSIVE] or list(cases.values())
     details = dict.fromkeys(v.detail for v in cases.values() if share == "" or v.status == INCONCLUSIVE)
     return replace(
         first,
         status=status,
         share=share,
         measured="; ".join(texts),
-        n=min(v.n for v in cases.values()),
+        n=min(v.n for v in decided),
         detail="; ".join(details) or first.detail,
         setting="; ".join(dict.fromkeys(v.setting for v in cases.values() if v.setting)),
         rates="; ".join(dict.fromkeys(v.rates for v in cases.values() if v.rates)),

@@ -16,6 +16,7 @@ further direction at the price of a gradient or less (:mod:`koala_lib.moments._t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from koala_lib.moments import _structured, _vmap
-from koala_lib.moments._products import BATCH_NORM, Spread
+from koala_lib.moments._products import BATCH_NORM, NO_FORWARD_MODE, Spread
 from koala_lib.moments._tangents import Tape, UnknownCallError
 
 __all__ = ["METHODS", "Along", "Observation", "SampleMoments", "observe", "sample_moments"]
@@ -94,7 +95,8 @@ def sample_moments(
 
     Raises:
         ValueError: For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does
-            not fit, or one for a network with torch's recurrent layers.
+            not fit, or one for a network with a layer that has no forward-mode derivative, such as torch's recurrent
+            ones or weight norm; the message names it.
         TypeError: For inputs or targets that are no tensors.
 
     Notes:
@@ -187,7 +189,11 @@ def _observe(
     if direction is not None:
         _check_direction(model, trainable, direction)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode rule
-        parts = _spreads(model, loss_fn, inputs, targets, direction, method, trainable, tape)
+        try:
+            parts = _spreads(model, loss_fn, inputs, targets, direction, method, trainable, tape)
+        except NotImplementedError as error:
+            other = ', or method="vmap", which may need no rule for it' if method == "structured" else ""
+            raise ValueError(NO_FORWARD_MODE.format(_layer_of(error, model)) + other) from error
     losses = parts[0].losses
     size = sum(p.numel() for p in trainable.values()) * (len(losses) - 1)
 
@@ -243,6 +249,19 @@ def _spreads(
     return [spread, _vmap.run(*problem, [n for n in trainable if n in unknown])]
 
 
+def _layer_of(error: BaseException, model: nn.Module) -> str:
+    """Return the operation without a forward-mode rule and the innermost layer around it, for an error message."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "the model or the loss", error.__traceback__
+    while trace is not None:
+        layer = trace.tb_frame.f_locals.get("self")
+        if id(layer) in names:
+            found = f"{names[id(layer)]!r} ({type(layer).__name__})"
+        trace = trace.tb_next
+    operation = re.search(r"forward AD with ([\w:]+)", str(error))
+    return f"{operation.group(1)} in {found}" if operation else found
+
+
 def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
@@ -264,10 +283,7 @@ def _check(model: nn.Module, inputs: Tensor, targets: Tensor, method: str) -> No
 def _check_direction(model: nn.Module, trainable: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
-            raise ValueError(
-                f"{name!r} ({type(module).__name__}) has no forward-mode derivative in torch, which Hessian-vector "
-                "products of single samples need; use a network without torch's recurrent layers"
-            )
+            raise ValueError(NO_FORWARD_MODE.format(f"{name!r} ({type(module).__name__})"))
     for name in trainable.keys() ^ direction.keys():
         what = "lacks" if name in trainable else "has"
         why = "which is trainable" if name in trainable else "which is no trainable parameter of the model"

@@ -16,6 +16,10 @@ from torch.autograd.forward_ad import make_dual, unpack_dual
 
 CHUNK = 2**19  # elements of a layer's windows, or of its per-sample gradients, held at once: 2 MB, a core's cache
 
+NO_FORWARD_MODE: Final = (
+    "{} has no forward-mode derivative in torch, which Hessian-vector products of single samples need; use a network "
+    "without it"
+)
 BATCH_NORM: Final = (
     "batch normalisation mixes the samples of a batch, so that none has a gradient of its own; "
     "use GroupNorm or LayerNorm, or eval() with running statistics, in place of {}"

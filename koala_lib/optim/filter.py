@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from koala_lib.optim._engine.checks import CheckedOptimizer, check_lr, check_number, check_real
+from koala_lib.optim._engine.checks import (
+    CheckedOptimizer,
+    check_lr,
+    check_not_divided,
+    check_number,
+    check_real,
+)
 from koala_lib.optim._engine.lists import scalar_dtype
 from koala_lib.optim._engine.passes import Scalar, scalars
 
@@ -29,6 +35,7 @@ class ScalarFilter(CheckedOptimizer):
     new_entries = 0  # how many of the last entries states of version 0.1 have not
 
     def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
+        check_not_divided(type(self).__name__)
         self._filter_values = [filter_values[name] for name in self.filter_entries]
         super().__init__(params, defaults)
 
@@ -216,12 +223,14 @@ class LossFilter(ScalarFilter):
         ``predict()``, both passes, ``observe(losses)``, ``step()``.
 
         Args:
-            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses.
+            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses;
+                or None, where they are given by ``observe`` or ``loss``.
             loss: the same losses where forward and backward were run by the caller after :meth:`predict`.
 
         Returns:
-            The mean loss as a 0-dim tensor, still on the device. ``None`` for the bare ``step()`` at lr = 0 with which
-            distributed checkpoints create the state; nothing moves then.
+            The mean loss as a 0-dim tensor, still on the device. ``None`` after a closure that returned None and left
+            no gradient, a batch left out: a step without observation. ``None``, too, for the bare ``step()`` at lr = 0
+            with which distributed checkpoints create the state; nothing moves then.
 
         Raises:
             RuntimeError: if there is no loss, or no ``predict()`` before it, or a gradient is sparse.

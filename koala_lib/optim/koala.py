@@ -220,14 +220,17 @@ class KoalaV(_Koala):
         measurement_noise: R, a fixed variance in squared units of the loss; ``None`` averages the squared losses (22).
         initial_measurement_noise: R_0 of that average.
         noise_decay: beta_R and beta_x, the coefficient of the averages.
-        target_risk: ``"relative"``: e_i = lr (L + lambda/2 |x_i|^2). ``"absolute"``: e_i = lr.
+        target_risk: ``"relative"``: e_i = lr (L + lambda/2 |x_i|^2). ``"absolute"``: e_i = lr; for losses that can be
+            negative (GANs, log-densities, policy gradients), where ``"relative"`` climbs towards loss 0.
+            ``negative_losses`` counts the steps with a negative mean loss.
         blocks: ``"tensor"`` treats every parameter tensor as a layer (25); ``"global"`` is Algorithm 1 as printed.
         weight_decay: lambda of an L2 term inside the loss and the gradient.
         min_grad_norm: a gradient with a smaller norm is no observation: the step is skipped and counted.
         formulas: ``"paper"``, or ``"released"`` for what the authors' code computes (the two differ, see below).
         process_group: where given, losses and norms are reduced over it in one collective, so that all ranks keep one
-            filter; ``DistributedDataParallel`` needs it. DTensors, as ``fully_shard`` makes them, do not: they
-            reduce over their own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
+            filter; ``DistributedDataParallel`` needs it, and several ranks without it are warned once. ``False`` says
+            that they train apart on purpose. DTensors, as ``fully_shard`` makes them, need none: they reduce over their
+            own mesh, in one collective per mesh dimension, and if it is given it must hold that mesh.
         foreach: ``True`` treats lists of tensors at once (more memory, fewer launches); ``None`` does so with all
             of them on CUDA and with small ones on the CPU.
         fused: ``True`` compiles the passes over tensors of 4097 elements and more, which pays from some million weights

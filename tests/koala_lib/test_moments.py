@@ -543,7 +543,9 @@ def test_float32_at_full_size(name: str, size: int, channels: int) -> None:
 def test_auto_takes_vmap_where_torch_has_no_forward_mode_rule(fallen_back: list[str]) -> None:
     model = Apply(lambda m, x: m.b(torch.group_norm(m.a(x), 2).tanh()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     model, *arguments = prepared(lambda: model, image(3), 3)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(
+        ValueError, match=r'native_group_norm_backward in the model or the loss has no forward.*method="vmap"'
+    ):
         sample_moments(model, cubic, *arguments, "structured")
     assert_equal(sample_moments(model, cubic, *arguments), loop(model, cubic, *arguments))
     assert set(fallen_back) == {"a.weight", "a.bias", "b.weight", "b.bias"}
@@ -646,11 +648,26 @@ def test_batch_norm_is_refused(layer: nn.Module, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
+@pytest.mark.parametrize(
+    ("norm", "named"),
+    [
+        (nn.utils.parametrizations.weight_norm, r"in '0.parametrizations.weight.0' \(_WeightNorm\) has no forward"),
+        (nn.utils.parametrizations.spectral_norm, r"in '0.parametrizations.weight.0' \(_SpectralNorm\) has no forward"),
+    ],
+)
+def test_an_operation_without_a_forward_mode_rule_is_named_with_its_layer(method: str, norm: Any, named: str) -> None:
+    model = nn.Sequential(norm(nn.Linear(2, 3)))
+    direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=named):
+        sample_moments(model, cubic, torch.randn(4, 2), torch.randn(4), direction, method=method)
+
+
+@pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
 def test_recurrent_layers_have_gradients_but_no_products(method: str) -> None:
     model = Apply(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(2, 3, batch_first=True))
     x, y = torch.randn(3, 4, 2), torch.randn(3)
     direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"'lstm' \(LSTM\) has no forward-mode derivative.*recurrent layers"):
+    with pytest.raises(ValueError, match=r"'lstm' \(LSTM\) has no forward-mode derivative.*without it"):
         sample_moments(model, cubic, x, y, direction, method=method)
     gradient = sample_moments(model, cubic, x, y, method=method).gradient
     expected = torch.autograd.grad(cubic(model(x), y).mean(), list(model.parameters()))

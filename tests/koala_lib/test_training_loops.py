@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from koala_lib import Apollo, KoalaM, KoalaV
 from tests.support.cases import Case, Net, advance, each_case, each_filter, evaluate, kept, losses_of, snapshot, weights
@@ -263,15 +267,44 @@ def test_groups_with_equal_options_are_stepped_together(make: Any) -> None:
 # ---- copies
 
 
-def test_a_copy_keeps_its_process_group(tmp_path: Any) -> None:
-    from torch import distributed as dist
-
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        optimizer = KoalaM([nn.Parameter(torch.ones(2))], process_group=dist.group.WORLD)
-        assert copy.deepcopy(optimizer)._process_group is dist.group.WORLD
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_copy_keeps_its_process_group() -> None:
+    optimizer = KoalaM([nn.Parameter(torch.ones(2))], process_group=dist.group.WORLD)
+    assert copy.deepcopy(optimizer)._process_group is dist.group.WORLD
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("make", [KoalaV, KoalaM, Apollo])
+def test_wrappers_that_take_weights_apart_are_refused(make: Any) -> None:
+    whole = ZeroRedundancyOptimizer if make is not Apollo else None
+    for flat in (True, False):
+        net = FullyShardedDataParallel(nn.Linear(3, 2), use_orig_params=not flat, device_id=torch.device("cpu"))
+        with pytest.raises(TypeError, match=r"FSDP1.*use torch.distributed.fsdp.fully_shard"):
+            make(net.parameters())
+    if whole is not None:
+        with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer.*use torch.distributed.fsdp.fully_shard"):
+            whole(nn.Linear(3, 2).parameters(), optimizer_class=make)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("told", [None, False, "group"])
+def test_several_ranks_without_a_group_are_warned_once(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    optimizer = KoalaM(net.parameters(), process_group=dist.group.WORLD if told == "group" else told)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        advance(net, optimizer, range(3))
+    found = [str(w.message) for w in caught if "process_group" in str(w.message)]
+    assert len(found) == (told is None)
+    assert not found or "KoalaM runs on 2 ranks without a process_group" in found[0]
 
 
 def test_one_process_needs_no_group() -> None:

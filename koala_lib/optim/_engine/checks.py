@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -59,6 +60,18 @@ def check_whole(optimizer: str, params: Sequence[Tensor]) -> None:
             f"{optimizer} needs the norm of every layer, which FullyShardedDataParallel (FSDP1) flattens away; use "
             "torch.distributed.fsdp.fully_shard (FSDP2)"
         )
+
+
+def check_not_divided(optimizer: str) -> None:
+    """Raise inside ZeroRedundancyOptimizer, which gives every rank an optimizer for some of the weights only."""
+    frame = sys._getframe() if torch.distributed.is_available() and torch.distributed.is_initialized() else None
+    while frame is not None:
+        if type(frame.f_locals.get("self")).__name__ == "ZeroRedundancyOptimizer":
+            raise TypeError(
+                f"{optimizer} keeps one filter for all weights, which ZeroRedundancyOptimizer divides among the ranks; "
+                "use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+        frame = frame.f_back
 
 
 def check_real(optimizer: str, params: Sequence[Tensor]) -> None:

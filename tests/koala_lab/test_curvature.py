@@ -88,6 +88,18 @@ def test_the_error_leaves_scale_and_sign_free() -> None:
     assert theory.error(torch.zeros(2).double(), h) == 1
 
 
+def test_errors_beside_what_is_known_exactly() -> None:
+    """On the whole sample the exact diagonal of the minibatch has no error, and Hutchinson's falls with the probes."""
+    problem, x, generator = network(), random(26), torch.Generator().manual_seed(0)
+    truth = theory.hessian_diagonal(problem, x)
+    found = theory.errors(problem, x, {"twice": 2 * truth}, torch.arange(40), generator)
+    assert list(found) == ["twice", "constant", "Hutchinson, 1", "Hutchinson, 10", "minibatch, exact"]
+    assert found["twice"] == pytest.approx(0, abs=1e-7)
+    assert found["minibatch, exact"] == pytest.approx(0, abs=1e-7)
+    assert 0 < found["Hutchinson, 10"] < found["Hutchinson, 1"]
+    assert found["constant"] == pytest.approx(float(truth.abs().std(correction=0) / truth.square().mean().sqrt()))
+
+
 def test_signals_against_drawn_minibatches() -> None:
     problem, size = network(), 4
     before = random(26)

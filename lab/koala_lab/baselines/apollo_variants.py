@@ -29,7 +29,7 @@ class ApolloVariant(Apollo):
         options: see there.
     """
 
-    def __init__(self, params: Any, lr: float | Tensor = 0.01, *, equation: str, **options: Any) -> None:
+    def __init__(self, params: Any, lr: float | Tensor = 0.01, *, equation: str = "tensor", **options: Any) -> None:
         super().__init__(params, lr, **options)
         self.equation = equation
 

@@ -9,7 +9,7 @@ the step that it stands for, :math:`\eta\, d^\top H d`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +151,30 @@ def error(estimate: Tensor, diagonal: Tensor) -> float:
     """
     cosine = torch.cosine_similarity(estimate.abs(), diagonal.abs(), dim=0)  # 0 for an estimate of zero
     return math.sqrt(max(0.0, 1 - float(cosine) ** 2))
+
+
+def errors(
+    problem: FiniteSum, x: Tensor, guesses: Mapping[str, Tensor], samples: Tensor, generator: torch.Generator
+) -> dict[str, float]:
+    """Return the :func:`error` of several estimates at x, and of what they are to be compared with.
+
+    Args:
+        problem: whose mean loss has the Hessian that is meant.
+        x: weights (n,).
+        guesses: estimates (n,) by name.
+        samples: numbers of the sample losses of a minibatch.
+        generator: of Hutchinson's signs.
+
+    Returns:
+        By name; added are ``constant``, one number for all weights, and, on the minibatch, ``Hutchinson, 1`` and
+        ``Hutchinson, 10`` (probes), and ``minibatch, exact``.
+    """
+    batch = FiniteSum(lambda t: problem.losses(t)[samples], problem.start)
+    beside = {"constant": torch.ones_like(x)}
+    beside |= {f"Hutchinson, {n}": hutchinson(problem, x, n, generator, samples) for n in (1, 10)}
+    beside["minibatch, exact"] = hessian_diagonal(batch, x)
+    truth = hessian_diagonal(problem, x)
+    return {name: error(b, truth) for name, b in (dict(guesses) | beside).items()}
 
 
 # ---- signal and noise ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ slow loops in the paper's symbols.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -188,6 +188,10 @@ class Apollo(CheckedOptimizer):
     average of the gradients; B estimates the diagonal of the Hessian times :math:`\eta`. The first step is
     :math:`\eta g / \sigma`, hence the warm-up.
 
+    Conversion of rates: while \|B\| <= sigma, a step is that of ``torch.optim.SGD`` with momentum beta at the rate
+    lr / sigma * (1 - beta) / (1 - beta^(t+1)), which goes to **lr / sigma * (1 - beta)**: 0.1 with the defaults.
+    :meth:`above_floor` says for how many weights it is not.
+
     Args:
         params: real floating-point tensors or param groups; every option may differ between groups.
         lr: eta. Schedulers act on it, after the warm-up.
@@ -237,6 +241,7 @@ class Apollo(CheckedOptimizer):
 
     whole_numbers = ("warmup_steps",)
     made_in_groups = ("base_lr",)
+    traced = ("above_floor",)  # what describes a run by its mean
 
     def __init__(
         self,
@@ -362,6 +367,23 @@ class Apollo(CheckedOptimizer):
         # Distributed checkpoints make a step at lr = 0, which must move nothing.
         eta = (ramp * warming_up + lr * (1 - warming_up)) * (lr != 0)
         return (1 - beta) / (1 - beta ** (t + 1)), eta, eta * group["weight_decay"]
+
+    @torch.no_grad()
+    def above_floor(self) -> Tensor:
+        r"""Return the share of the weights with \|B\| > sigma, those that the curvature matters to.
+
+        Of the weights that had a gradient, and of the shards on this rank. A scalar that stays on the device.
+        """
+        above = [
+            B.abs().flatten() > group["sigma"]
+            for group in self.param_groups
+            for B in local(self.state[p]["curvature"] for p in group["params"] if "curvature" in self.state.get(p, ()))
+        ]
+        return torch.cat(above).double().mean()
+
+    def entries(self, names: Sequence[str]) -> Tensor:
+        """Return entries of ``traced`` as a float64 vector that stays on the device."""
+        return torch.stack([getattr(self, name)() for name in names])
 
     # -- groups and state ----------------------------------------------------------------------------------------------
 

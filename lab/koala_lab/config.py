@@ -106,8 +106,8 @@ class RunConfig:
             check_number("final_lr", self.final_lr)
             if self.milestones:
                 raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
-        if self.warmup_steps and self.optimizer == "apollo":
-            raise ValueError("optimizer='apollo' warms up by itself: put warmup_steps into optimizer_args")
+        if self.warmup_steps and self.optimizer.startswith("apollo"):
+            raise ValueError(f"optimizer={self.optimizer!r} warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:
         """Return a copy with other values."""

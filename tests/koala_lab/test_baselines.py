@@ -371,7 +371,7 @@ def test_adahessian_trains_a_network_and_resumes(tmp_path: Path) -> None:
 def test_every_optimizer_that_is_not_ours_has_a_formula_here() -> None:
     ours = {name for name, create in OPTIMIZERS.items() if create.__module__.startswith("koala_lib.")}
     assert {"koala_v", "koala_m", "apollo"} <= ours
-    assert set(OPTIMIZERS) - ours - {"adahessian", "sdlbfgs"} == set(ARGUMENTS)
+    assert set(OPTIMIZERS) - ours - {"adahessian", "sdlbfgs", "apollo_variant"} == set(ARGUMENTS)  # tested elsewhere
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

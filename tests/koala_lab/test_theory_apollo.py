@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from koala_lab import claims
 from koala_lab.theory.apollo import (
     OnlineRun,
     constant_of_the_rate,
@@ -182,21 +183,44 @@ def test_the_minimiser_of_a_problem() -> None:
 def test_the_trend_of_theorem_3() -> None:
     """f = sum_j x_j^2 / (1 + x_j^2) with bounded noise in its gradient, all D_t in [1, L] and D_t / eta_t monotone."""
 
-    def squared_gradients(seed: int, rounds: int = 3000) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        start = 1.5 * torch.randn(10, generator=generator, dtype=torch.float64)
-        run = online_run(noisy_wells(generator), start, rounds, lr=1.0, beta=lambda t: 0.9 / t, ceiling=2.0)
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.grad(lambda y: (y**2 / (1 + y**2)).sum())(x), wells_slope(x))
+    squares = []
+    for seed in range(3):
+        run = wells_run(seed, ceiling=2.0)
         assert run.rounds_of_decrease() == 0
         assert float(run.floors.min()) >= 1
         assert float(run.floors.max()) <= 2
-        return wells_slope(run.points[:-1]).square().sum(1)
+        squares.append(wells_slope(run.points[:-1]).square().sum(1))
+    curves = torch.stack(squares)
+    assert verdict(curves) == "reproduced"
+    constants = constant_of_the_rate(curves)
+    torch.testing.assert_close(constants[:1], curves[:, :1].mean(0))
+    assert constants[-1] < constants[299] < constants[29]
 
-    x = torch.linspace(-3, 3, 7, dtype=torch.float64)
-    torch.testing.assert_close(torch.func.grad(lambda y: (y**2 / (1 + y**2)).sum())(x), wells_slope(x))
-    constants = constant_of_the_rate(torch.stack([squared_gradients(seed) for seed in range(3)]))
-    assert constants[-1] < constants[0]
-    assert constants[299:].max() <= constants[:300].max()
-    torch.testing.assert_close(constants[:1], torch.stack([squared_gradients(s, 1) for s in range(3)]).mean(0))
+
+def wells_run(seed: int, ceiling: float) -> OnlineRun:
+    generator = torch.Generator().manual_seed(seed)
+    start = 1.5 * torch.randn(10, generator=generator, dtype=torch.float64)
+    return online_run(noisy_wells(generator), start, 3000, lr=1.0, beta=lambda t: 0.9 / t, ceiling=ceiling)
+
+
+def verdict(curves: Tensor) -> str:
+    """What the claim on Theorem 3 makes of squared gradients (runs, 3000)."""
+    smallest = curves.mean(0).cummin(0).values
+    horizons = {T: float(smallest[T - 1]) for T in (30, 300, 3000)}
+    return claims.judge("apollo.theorem3.trend", preset="quick", measured=horizons).status
+
+
+def test_a_run_that_stalls_does_not_pass_for_the_trend() -> None:
+    """The real one, without the ceiling on D_t, and planted ones: standing still from some round on."""
+    curves = torch.stack([wells_slope(wells_run(s, math.inf).points[:-1]).square().sum(1) for s in range(3)])
+    assert verdict(curves) == "contradicted"
+    t = torch.arange(1, 3001, dtype=torch.float64)
+    assert verdict((1 / t.sqrt())[None]) == "reproduced"
+    assert verdict((1 / t.clamp(max=30).sqrt())[None]) == "contradicted"
+    assert verdict((1 / t.clamp(max=300).sqrt())[None]) == "contradicted"
+    assert verdict((1 / t.clamp(max=1000).sqrt())[None]) != "reproduced"
 
 
 def test_the_envelope() -> None:

@@ -176,6 +176,24 @@ def test_metrics_against_a_plain_evaluation() -> None:
     assert metrics["test_loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_run_of_apollo_says_how_many_weights_are_above_the_floor() -> None:
+    """The mean over the steps of each epoch, here counted by hand; the metric is not part of the key."""
+    config = QUICK.but(optimizer="apollo", optimizer_args={"lr": 0.05, "warmup_steps": 0}, epochs=2)
+    result, run = train.train(config), train.TrainingRun(config, torch.device("cpu"))
+    for epoch in result.epochs:
+        counts = []
+        run.begin_epoch()
+        for batch in run.task.batches(run.epoch, run.step):
+            run.train_step(batch)
+            kept = run.optimizers["network"].state.values()
+            counts.append(sum(int((s["curvature"].abs() > 0.01).sum()) for s in kept) / 19810)
+        run.end_epoch()
+        assert epoch["above_floor"] == pytest.approx(sum(counts) / len(counts), rel=1e-5)
+    assert 0 < result.final["above_floor"] < 1
+    flat = config.but(optimizer_args={"lr": 0.05, "warmup_steps": 0, "eps": 1e6})
+    assert train.train(flat).final["above_floor"] == 0
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_other_optimizers_of_the_tables_train(optimizer: str) -> None:
     rate = {"sgd": 0.1, "adam": 1e-2}[optimizer]
@@ -320,8 +338,10 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train.train(QUICK.but(seed=5), checkpoint=tmp_path / "checkpoint.pt")
 
 
-def test_a_step_reads_nothing_back_to_the_host() -> None:
-    run = train.TrainingRun(QUICK, torch.device("cpu"))
+@pytest.mark.parametrize("optimizer", ["koala_m", "apollo"])
+def test_a_step_reads_nothing_back_to_the_host(optimizer: str, kept_on_device: None) -> None:
+    config = QUICK.but(optimizer=optimizer, optimizer_args={"lr": 0.01})
+    run = train.TrainingRun(config, torch.device("cpu"))
     batches = run.task.batches(0)
     with NoHostReads():
         for _ in range(3):

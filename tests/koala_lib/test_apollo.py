@@ -301,6 +301,72 @@ def test_negative_curvature_counts_by_its_size() -> None:
     assert points[2] == pytest.approx(points[1] - 0.5 * (-2.0 * points[1]) / 1.0, rel=1e-12)
 
 
+# ---------------------------------------------------------------- on the floor it is momentum SGD
+
+ON_THE_FLOOR = {"sigma": 5.0, "lr": 0.5, "eps": 5.0, "warmup_steps": 0}  # with so large an epsilon |B| stays below
+
+
+def beside_sgd(options: dict[str, Any]) -> tuple[float, float, float]:
+    """Largest difference of a weight from heavy ball at the converted rate; largest |B|; largest share above the floor.
+
+    The rate is eta / sigma (1 - beta) / (1 - beta^(t+1)): the bias correction is part of it.
+    """
+    beta, apart, above = options["beta"], 0.0, 0.0
+    p, q = (nn.Parameter(start()[0]) for _ in range(2))
+    apollo = Apollo([p], **options)
+    sgd = torch.optim.SGD([q], lr=1.0, momentum=beta, weight_decay=options["weight_decay"])
+    for t in range(STEPS):
+        apollo.param_groups[0]["lr"] = lr = options["lr"] * lr_factor(t)
+        sgd.param_groups[0]["lr"] = lr / options["sigma"] * (1 - beta) / (1 - beta ** (t + 1))
+        for weights, optimizer in ((p, apollo), (q, sgd)):
+            weights.grad = gradient(0, weights.detach(), t)
+            optimizer.step()
+        apart = max(apart, float((p - q).detach().abs().max()))
+        above = max(above, float(apollo.above_floor()))
+    assert float((p.detach() - start()[0]).abs().max()) > 0.1
+    return apart, float(apollo.state[p]["curvature"].abs().max()), above
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("beta", [0.9, 0.5, 0.0])
+def test_on_its_floor_it_is_heavy_ball_sgd(beta: float, decay: float) -> None:
+    options = ON_THE_FLOOR | {"beta": beta, "weight_decay": decay}
+    apart, largest, above = beside_sgd(options)
+    assert apart <= 1e-12
+    assert largest > 1e-3  # it is the floor that hides B
+    assert above == 0
+    apart, _, above = beside_sgd(options | {"eps": 1e-4, "sigma": 0.1, "lr": 0.1})  # ten times as fast: off the floor
+    assert apart > 1e-3
+    assert above > 0
+
+
+def test_the_rate_of_sgd_goes_to_the_one_without_bias_correction() -> None:
+    """Far from the beginning heavy ball at the constant rate eta / sigma (1 - beta) takes the same steps."""
+    beta, steps = 0.5, 60
+    p = nn.Parameter(start()[0])
+    apollo, buffer = Apollo([p], beta=beta, **ON_THE_FLOOR), torch.zeros_like(p)
+    for t in range(steps):
+        before = p.detach().clone()
+        p.grad = gradient(0, before, t)
+        buffer = beta * buffer + p.grad
+        apollo.step()
+    rate = ON_THE_FLOOR["lr"] / ON_THE_FLOOR["sigma"] * (1 - beta)
+    torch.testing.assert_close(before - p.detach(), rate * buffer, rtol=1e-12, atol=1e-14)
+
+
+def test_the_share_above_the_floor_is_counted_over_all_weights() -> None:
+    """By hand: two groups with floors of their own; a frozen weight has no state and does not count."""
+    a, b, frozen = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(5))
+    optimizer = Apollo([{"params": [a, frozen]}, {"params": [b], "sigma": 3.0}], sigma=1.0)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    optimizer.state[a]["curvature"].copy_(torch.tensor([1.0, -1.5, 0.5]))  # on the floor is not above it
+    optimizer.state[b]["curvature"].copy_(torch.tensor([[2.0, 4.0], [-5.0, 3.0]]))
+    assert optimizer.above_floor().item() == pytest.approx(3 / 7)
+    assert optimizer.entries(optimizer.traced).tolist() == [pytest.approx(3 / 7)]
+    assert frozen not in optimizer.state
+
+
 # ---------------------------------------------------------------- Theorem 1
 
 FREE = {"sigma": 0.2, "lr": 0.1, "eps": 0.03, "warmup_steps": 6, "warmup_init_lr": 0.01}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from koala_lab.baselines.apollo_variants import ApolloVariant
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.baselines.sdlbfgs import SdLBFGS
 from koala_lab.baselines.svrg import Svrg
@@ -80,6 +81,7 @@ OPTIMIZERS: dict[str, Factory] = {
     "koala_v": KoalaV,
     "koala_m": KoalaM,
     "apollo": Apollo,
+    "apollo_variant": ApolloVariant,
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,

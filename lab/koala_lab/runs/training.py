@@ -33,9 +33,10 @@ class RunResult:
     """What a run measured.
 
     ``epochs`` holds one dict per epoch: the task's training losses and the entries that an optimizer names as
-    ``traced`` (means over the epoch's batches, each at its own step), the task's test metrics (of the posterior
-    weights) and ``lr``. ``status`` is ``"done"``, or ``"failed"`` with the
-    step whose loss was not finite. ``provenance`` says where and with what, ``pictures`` holds PNG files in base64.
+    ``traced`` (means over the epoch's batches, each at its own step; APOLLO's is ``above_floor``, the share of the
+    weights with |B| > sigma), the task's test metrics (of the posterior weights) and ``lr``. ``status`` is ``"done"``,
+    or ``"failed"`` with the step whose loss was not finite. ``provenance`` says where and with what, ``pictures`` holds
+    PNG files in base64.
     """
 
     key: str  # of the configuration with the data and algorithm that the run really had
@@ -143,8 +144,10 @@ class TrainingRun:
         self.switch = self._switch(**options) if wrapper == "switch" else (-1, {})
         self.schedulers = {name: _scheduler(config, optimizer) for name, optimizer in self.optimizers.items()}
         self.epoch = self.step = 0  # finished epochs; finished steps of the current one
-        self.traced: list[Any] = [o for o in self.optimizers.values() if hasattr(o, "traced")]
-        self.names = [*self.task.losses, *(name for optimizer in self.traced for name in optimizer.traced)]
+        traced: dict[str, Any] = {part: o for part, o in self.optimizers.items() if hasattr(o, "traced")}
+        self.traced = list(traced.values())
+        entries = [(f"{part}_" if len(traced) > 1 else "") + name for part, o in traced.items() for name in o.traced]
+        self.names = [*self.task.losses, *entries]
         self.sums = torch.zeros(len(self.names), device=device)
         self.bad_step = torch.full((), -1, device=device)
         self.failed_step: int | None = None

@@ -238,7 +238,8 @@ def test_other_layouts_have_no_vector() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_long_tensors_are_compiled_by_eight_and_short_ones_treated_together() -> None:
     long = compiled.MIN_COMPILED
-    params = [torch.zeros(size) for size in [5, long, 7, 2 * long, 1, long - 1, 0] + [2 * long] * 8]
+    sizes = [5, long, 7, 2 * long, 1, long - 1, 0] + [2 * long] * 8
+    params = [torch.zeros(size, requires_grad=True) for size in sizes]
     buckets = Passes(KoalaV(params, fused=True), [], observed=False).buckets
     assert [([len(p) for p in bucket.params], bucket.compiled) for bucket in buckets] == [
         ([long] + [2 * long] * 7, True), ([2 * long] * 2, True), ([5, 7, 1, long - 1, 0], False),

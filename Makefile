@@ -7,6 +7,16 @@ KOALA := $(PY) -m koala_lab.cli
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
+# What is run here keeps its caches here where the home folder takes none.
+ifneq ($(shell test -w "$$HOME" || echo no),)
+export XDG_CACHE_HOME ?= $(CURDIR)/.snakemake/cache
+export IPYTHONDIR ?= $(CURDIR)/.snakemake/ipython
+export JUPYTER_RUNTIME_DIR ?= $(CURDIR)/.snakemake/jupyter
+export JUPYTER_CONFIG_DIR ?= $(CURDIR)/.snakemake/jupyter
+export JUPYTER_DATA_DIR ?= $(CURDIR)/.snakemake/jupyter
+export MPLCONFIGDIR ?= $(CURDIR)/.snakemake/matplotlib
+endif
+
 BY_HAND = $(filter command environment,$(origin $(1)))
 VERSION := $(if $(call BY_HAND,PYTHON),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 UNFIT := $(shell test ! -e .venv || $(PY) -I .ci/environment.py '$(CURDIR)' $(STAMP) $(VERSION) 2>/dev/null || echo does not run)

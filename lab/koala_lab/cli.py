@@ -52,6 +52,7 @@ def _stop(message: str, code: int) -> NoReturn:
 def _in_a_checkout() -> None:
     with _one_sentence():
         paths.root()
+    paths.settle()
 
 
 def plan(preset: str, only: str = "*") -> dict[str, list[RunConfig]]:
@@ -89,6 +90,7 @@ def list_runs(
     from koala_lab.runs import Store
 
     with _one_sentence():
+        _check_device(device, here=False)
         grids = plan(preset, only)
     store = Store()
     known = {c.key: result for grid in grids.values() for c in grid if (result := store.get(c.key))}
@@ -144,6 +146,8 @@ def run(
         os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
     with _one_sentence():
         _check_device(device)
+        if not time_budget > 0:
+            raise ValueError(f"--time-budget {time_budget}: expected a number of seconds above 0")
         grids = plan(preset, only)
     store = Store()
     configs = {c.key: c for grid in grids.values() for c in grid}
@@ -155,19 +159,21 @@ def run(
     trained, broken = _train(todo, Costs(known.values(), device=device), store, device, time_budget)
     results = [known[k] for k in wanted if k in known] + trained
     if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
-        for name, grid in grids.items():
-            merge_results(results_file(preset, name), grid, results)
+        with _one_sentence():
+            for name, grid in grids.items():
+                merge_results(results_file(preset, name), grid, results)
     failed = sum(r.status == "failed" for r in results)
     left = len(wanted) - len(results) - broken
     typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
     raise typer.Exit(1 if broken else FAILED if failed else 0)
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str, *, here: bool = True) -> None:
+    """Raise for a name of no device, or for one that this machine lacks where it is to be used ``here``."""
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device) if here else torch.device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
@@ -238,7 +244,11 @@ def notebook(
             raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
         if output is not None and output.suffix != ".ipynb":
             raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
-        given = dict(_pair(text) for text in parameter or [])
+        pairs = [_pair(text) for text in parameter or []]
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ValueError(f"-p {twice} is given twice")
         values = execute.parameters(file, preset, given)
     target = (output or file).resolve()
     try:

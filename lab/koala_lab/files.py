@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import yaml
 
 
 @contextmanager
@@ -27,7 +31,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; nothing was lost, free some space and start again") from error
+        raise OSError(
+            f"cannot write {path}: {reason}; what stood there is as it was; make room and start again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,5 +53,37 @@ def write_torch(path: Path, state: Any) -> None:
     """Write what ``torch.load`` reads; errors as in `replacing`."""
     import torch
 
+    buffer = io.BytesIO()  # torch tells of a full disk in words of its own
+    torch.save(state, buffer)
     with replacing(path) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key written twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} appears twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: If it is no YAML, or has a key twice; the message names file and line.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+def set_aside(path: Path, reason: object, then: str) -> None:
+    """Rename a damaged file to ``<name>.damaged``, with a warning that says why, and what happens then."""
+    kept = path.with_name(f"{path.name}.damaged")
+    os.replace(path, kept)
+    text = " ".join(f"{type(reason).__name__}: {reason}".split()) if isinstance(reason, Exception) else str(reason)
+    warnings.warn(f"{path} is damaged ({text[:150]}); it is kept as {kept.name}, and {then}", stacklevel=3)

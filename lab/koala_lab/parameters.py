@@ -7,6 +7,7 @@ Where papermill only warns about a parameter that a notebook does not have and t
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,8 @@ def _checked(name: str, kind: str, value: Any) -> Any:
         raise ValueError(f"parameter {name}: type {kind} is none of {known}")
     if kind == "float" and type(value) is int:
         return float(value)
+    if kind == "float" and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"parameter {name}: expected a finite number, got {value!r}")
     if type(value) is not _SCALARS[kind]:
         hint = f" (YAML needs {_yaml_float(value)})" if kind == "float" and _yaml_float(value) else ""
         raise ValueError(f"parameter {name}: expected {kind}, got {type(value).__name__} {value!r}{hint}")
@@ -125,4 +128,6 @@ def resolve(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> di
         check_known("parameter", name, parameters)
     values = {p.name: _checked(p.name, p.kind, given.get(p.name, p.default)) for p in parameters.values()}
     check_known("parameter preset:", values.get("preset", "quick"), PRESETS)
+    if values.get("n_seeds", 1) < 1:
+        raise ValueError(f"parameter n_seeds: expected at least 1 seed, got {values['n_seeds']}")
     return values

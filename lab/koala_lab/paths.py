@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(os.environ.get("KOALA_ROOT", Path(__file__).resolve().parents[2]))
 
+FOLDERS = ("KOALA_RUNS", "KOALA_REPORT", "KOALA_FIGURES", "KOALA_RESULTS", "KOALA_DATA")  # variables that name some
+
 
 def root() -> Path:
     """Return the checkout of the repository.
@@ -29,6 +31,14 @@ def root() -> Path:
 def _folder(variable: str, *default: str) -> Path:
     given = os.environ.get(variable)
     return Path(given).expanduser().resolve() if given else root().joinpath(*default)
+
+
+def settle() -> None:
+    """Make the environment's relative paths absolute, before kernels that run in other folders inherit them."""
+    for variable in FOLDERS:
+        if given := os.environ.get(variable):
+            parts = [str(Path(p).expanduser().resolve()) for p in given.split(os.pathsep) if p]
+            os.environ[variable] = os.pathsep.join(parts)
 
 
 def notebooks() -> Path:

@@ -80,10 +80,10 @@ def test_a_damaged_record_is_set_aside_and_repeated(store: Store, trained: list[
     store.put(result_of(CONFIG))
     file = store.root / CONFIG.key / "run.json"
     file.write_text(file.read_text()[:40])
-    with pytest.warns(UserWarning, match="is damaged .*; the run will be repeated"):
+    with pytest.warns(UserWarning, match=r"is damaged .*, and the run will be repeated"):
         store.run(CONFIG)
     assert trained == [CONFIG]
-    assert file.with_suffix(".damaged").exists()
+    assert file.with_name("run.json.damaged").exists()
     assert store.get(CONFIG.key) == result_of(CONFIG)
 
 
@@ -93,9 +93,16 @@ def test_a_full_disk_loses_nothing(store: Store, monkeypatch: pytest.MonkeyPatch
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"cannot write .*run.json: No space left on device; nothing was lost"):
-        store.put(result_of(CONFIG, error=1.0))
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with monkeypatch.context() as context:
+        context.setattr("os.fsync", full)
+        message = (
+            r"run .* is trained, but cannot write .*run.json: No space left on device; what stood there is as it was"
+        )
+        with pytest.raises(OSError, match=message), pytest.warns(UserWarning, match="trying again in"):
+            store.put(result_of(CONFIG, error=1.0))
+    assert waited == [1, 10, 20]
     assert store.get(CONFIG.key) == result_of(CONFIG)
     assert [p.name for p in (store.root / CONFIG.key).iterdir()] == ["run.json"]
 

@@ -331,11 +331,38 @@ def test_bits_do_not_depend_on_the_threads_of_the_caller() -> None:
     assert torch.get_num_threads() == 1
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    run = train.TrainingRun(QUICK, torch.device("cpu"))
-    run.save(tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="is a checkpoint of run"):
-        train.train(QUICK.but(seed=5), checkpoint=tmp_path / "checkpoint.pt")
+@pytest.mark.parametrize("damage", ["another run", "empty", "cut off", "foreign", "no checkpoint"])
+def test_a_checkpoint_that_is_of_no_use_is_set_aside(tmp_path: Path, damage: str) -> None:
+    config, file = QUICK.but(epochs=1), tmp_path / "checkpoint.pt"
+    run = train.TrainingRun(QUICK.but(seed=5) if damage == "another run" else config, torch.device("cpu"))
+    run.begin_epoch()
+    run.save(file)
+    whole = file.read_bytes()
+    if damage == "no checkpoint":
+        torch.save({"something": 1}, file)
+    elif damage != "another run":
+        file.write_bytes({"empty": b"", "cut off": whole[: len(whole) // 2], "foreign": b"{}"}[damage])
+    with pytest.warns(UserWarning, match=r"checkpoint.pt is damaged .*; it is kept as .*, and the run begins anew"):
+        result = train.train(config, checkpoint=file)
+    assert result.provenance["weights_sha256"] == train.train(config).provenance["weights_sha256"]
+    assert file.with_name("checkpoint.pt.damaged").exists()
+
+
+def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = QUICK.but(epochs=1)
+    with monkeypatch.context() as context:
+        context.setattr("os.fsync", full)
+        with pytest.warns(
+            UserWarning, match=r"cannot write .*checkpoint.pt: No space.*goes on without a new checkpoint"
+        ):
+            result = train.train(config, checkpoint=tmp_path / "checkpoint.pt", checkpoint_seconds=0.0)
+    assert result.provenance["weights_sha256"] == train.train(config).provenance["weights_sha256"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("optimizer", ["koala_m", "apollo"])

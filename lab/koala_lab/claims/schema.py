@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import yaml
-
+from koala_lab.files import read_yaml
 from koala_lab.parameters import PRESETS
 
 ANY = "any"  # in the place of presets: what has no scale and is settled once
@@ -129,16 +128,6 @@ class Claim:
         unit = "points" if self.kind in RANKED and self.unit == "%" else self.unit
         test = next((c.test for c in self.judge.values()), "")
         return " ".join([*{"at_most": "≤", "at_least": "≥"}.get(test, ""), number, *unit.split()])
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key written twice, of which PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} appears twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -314,11 +303,9 @@ def _statement(entry: Any, file: str, named: dict[str, Any], numbers: Mapping[st
 
 def read(path: Path) -> dict[str, Claim]:
     """Read and check one file of claims."""
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: not readable as YAML: {error}") from error
-    top = _fields(document, path.name, text="paper! title! source!", mapping="criteria", list="tables statements")
+    top = _fields(
+        read_yaml(path), path.name, text="paper! title! source!", mapping="criteria", list="tables statements"
+    )
     named = top["criteria"] or {}
     numbers = [claim for entry in top["tables"] or [] for claim in _numbers(entry, path.name, named)]
     by_id = {claim.id: claim for claim in numbers}

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from warnings import warn
 
 from koala_lab import paths
 from koala_lab.claims.judge import MIXED, NOT_RUN, STATUSES, Verdict, available, find, load
 from koala_lab.claims.schema import ANY, Claim
-from koala_lab.files import write_json
+from koala_lab.files import set_aside, write_json
 from koala_lab.parameters import PRESETS
 
 NOT_YET = "not run yet"
@@ -89,9 +90,22 @@ def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
 
 
 def saved(folder: Path | None = None) -> list[Verdict]:
-    """Read all verdicts below a folder, by default ``report/verdicts``, in the order of the file names."""
-    files = sorted((folder or paths.report_dir() / "verdicts").rglob("*.json"))
-    return [verdict for path in files for verdict in read_verdicts(path)]
+    """Read all verdicts below a folder, by default ``report/verdicts``, in the order of the file names.
+
+    A damaged file is set aside, and verdicts on claims that are no more are left out, each with a warning.
+    """
+    known = {claim_id for paper in available() for claim_id in load(paper)}
+    found = []
+    for path in sorted((folder or paths.report_dir() / "verdicts").rglob("*.json")):
+        try:
+            verdicts = read_verdicts(path)
+        except ValueError as error:
+            set_aside(path, error.__cause__ or error, "the report is made without it; run its notebook again")
+            continue
+        if old := [v.claim_id for v in verdicts if v.claim_id not in known]:
+            warn(f"{path} has verdicts on claims that are no more, which are left out: {', '.join(old)}", stacklevel=2)
+        found += [v for v in verdicts if v.claim_id in known]
+    return found
 
 
 def read_verdicts(path: Path) -> list[Verdict]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from koala_lab import paths
+from koala_lab.files import read_yaml
 from koala_lab.parameters import PRESETS, Parameter, declared, resolve
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def name_of(path: Path) -> str:
 
 
 def all_notebooks() -> dict[str, Path]:
-    """Return the notebooks by name, in reading order: all files whose name begins with two digits."""
+    """Return the notebooks by name, in reading order: all files whose name begins with two digits, but for copies."""
     found = (p for p in paths.notebooks().rglob("[0-9][0-9]_*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-    return {name_of(p): p for p in sorted(found) if not p.name.endswith(".failed.ipynb")}
+    return {name_of(p): p for p in sorted(found) if not re.search(r"(\.failed|-Copy\d+)\.ipynb$", p.name)}
 
 
 def title_of(path: Path) -> str:
@@ -83,12 +84,10 @@ def overrides(path: Path, preset: str) -> dict[str, Any]:
         raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
     if preset == "quick":
         return {}
-    import yaml
-
     file = preset_file(name_of(path), preset)
     if not file.exists():
         raise ValueError(f"{name_of(path)} has no preset {preset!r}: {file} does not exist")
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = read_yaml(file)
     if not isinstance(content, dict) or content.get("preset") != preset:
         raise ValueError(f"{file}: expected 'name: value' lines, one of them 'preset: {preset}'")
     return content

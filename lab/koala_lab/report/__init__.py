@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import mistune
@@ -110,7 +111,13 @@ def _figures(folder: Path) -> str:
     """Return every figure with its notebook and its number of runs, from the sidecars."""
     blocks = []
     for sidecar in sorted(paths.figures_dir().rglob("*.json")):
-        origin = json.loads(sidecar.read_text(encoding="utf-8"))
+        try:
+            origin = json.loads(sidecar.read_text(encoding="utf-8"))
+        except ValueError as error:
+            warnings.warn(
+                f"{sidecar} is no file of a figure ({error}), which is left out: run its notebook", stacklevel=2
+            )
+            continue
         if "notebook" not in origin:  # the picture of the README
             continue
         stem = html.escape(Path(os.path.relpath(sidecar.with_suffix(""), folder)).as_posix())

@@ -7,7 +7,7 @@ are committed in ``data/results/<preset>/<notebook>.json`` and count as finished
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,8 +18,10 @@ from filelock import FileLock, Timeout
 
 from koala_lab import paths
 from koala_lab.config import RunConfig
-from koala_lab.files import write_json
+from koala_lab.files import set_aside, write_json
 from koala_lab.runs.training import RunResult, train
+
+SHARED = 0o666  # of lock files: users of one store must be able to take each other's
 
 
 class Store:
@@ -43,16 +45,26 @@ class Store:
                     raise ValueError(f"it is run {result.key}")
                 return result
             except (ValueError, KeyError, TypeError) as error:
-                warn(f"{path} is damaged ({error}); the run will be repeated", stacklevel=2)
-                os.replace(path, path.with_suffix(".damaged"))
+                set_aside(path, error, "the run will be repeated")
         if self._committed is None:
-            files = sorted(paths.results_dir().glob("*/**/*.json"))  # a folder a preset
-            self._committed = {r.key: r for file in files for r in read_results(file)}
+            self._committed = {r.key: r for r in _all_committed()}
         return self._committed.get(key)
 
     def put(self, result: RunResult) -> None:
-        """Store a run and drop its checkpoint."""
-        write_json(self.root / result.key / "run.json", result.to_json())
+        """Store a run and drop its checkpoint.
+
+        Raises:
+            OSError: If it cannot be written, not even after half a minute, in which somebody may make room.
+        """
+        for pause in (1, 10, 20, None):
+            try:
+                write_json(self.root / result.key / "run.json", result.to_json())
+                break
+            except OSError as error:
+                if pause is None:
+                    raise OSError(f"run {result.key} is trained, but {error}") from error
+                warn(f"{error}; trying again in {pause} s", stacklevel=2)
+                time.sleep(pause)
         self.checkpoint(result.key).unlink(missing_ok=True)
 
     def checkpoint(self, key: str) -> Path:
@@ -61,20 +73,34 @@ class Store:
 
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
-        """Hold a run for oneself: somebody else who wants it waits and then finds it done."""
+        """Hold a run for oneself: somebody else who wants it waits and then finds it done.
+
+        Raises:
+            OSError: If the folder of the run cannot be written, before anything is trained.
+        """
         folder = self.root / key
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = FileLock(folder / "lock", mode=SHARED)
+            held.acquire()
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"cannot write {folder}: {reason}; name another store in KOALA_RUNS") from error
+        try:
             yield
+        finally:
+            held.release()
 
     def busy(self, key: str) -> bool:
         """Say whether somebody holds the run at this moment."""
         folder = self.root / key
         try:
-            with FileLock(folder / "lock", blocking=False) if folder.exists() else nullcontext():
+            with FileLock(folder / "lock", blocking=False, mode=SHARED) if folder.exists() else nullcontext():
                 return False
         except Timeout:
             return True
+        except OSError:  # of a folder that is not ours; who wants the run is told then
+            return False
 
     def run(self, config: RunConfig, *, on_step: Callable[[int, int], None] | None = None, **options: Any) -> RunResult:
         """Return the result of a configuration: found, or continued from its checkpoint, or trained.
@@ -137,6 +163,15 @@ def read_results(file: Path) -> list[RunResult]:
         raise ValueError(f"{file} is no file of results ({error!r}): restore it from git") from error
 
 
+def _all_committed() -> Iterator[RunResult]:
+    """Yield the runs of all committed files; a damaged one is named in a warning and left out."""
+    for file in sorted(paths.results_dir().glob("*/**/*.json")):  # a folder per preset
+        try:
+            yield from read_results(file)
+        except ValueError as error:
+            warn(str(error), stacklevel=3)
+
+
 def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunResult]) -> None:
     """Bring a committed file up to date: the finished runs of a grid, in its order; one writer at a time.
 
@@ -144,7 +179,7 @@ def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunRe
     the grid on another copy of the data stay, with the tag that says so.
     """
     paths.runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.runs_dir() / "merge.lock"):
+    with FileLock(paths.runs_dir() / "merge.lock", mode=SHARED):
         old = read_results(file)
         have = {r.key: r for r in [*old, *results]}
         configs = {c.key: c for c in grid}

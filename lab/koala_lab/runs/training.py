@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch.optim import swa_utils
 from koala_lab import tasks
 from koala_lab.baselines.registry import OWN_FORWARD, create, lookahead
 from koala_lab.config import RunConfig
-from koala_lab.files import write_torch
+from koala_lab.files import set_aside, write_torch
 from koala_lab.runs.provenance import provenance
 
 __all__ = ["RunConfig", "RunResult", "train"]
@@ -91,7 +92,8 @@ def train(
     Args:
         config: what to train.
         device: where data, weights and filter live. On CUDA the training step is compiled.
-        checkpoint: a file; written every ``checkpoint_seconds``, and continued from where it exists.
+        checkpoint: a file; written every ``checkpoint_seconds``, and continued from where it exists. One that cannot be
+            read, or belongs to another run, is set aside with a warning; one that cannot be written is told and missed.
         checkpoint_seconds: 0 writes after every step.
         on_step: called with (steps done, steps in all).
 
@@ -100,14 +102,18 @@ def train(
         it has the same bits everywhere, and whether it was interrupted or not.
 
     Raises:
-        ValueError: if a batch is larger than the data set, or the checkpoint belongs to another run.
+        ValueError: if a batch is larger than the data set.
         TypeError: for an argument that the optimizer, network or task does not have.
     """
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)
     run = TrainingRun(config, torch.device(device))
     if checkpoint is not None and checkpoint.exists():
-        run.load(checkpoint)
+        try:
+            run.load(checkpoint)
+        except Exception as error:  # empty, cut off, of another run or version: of no use, whatever it is
+            set_aside(checkpoint, error, "the run begins anew")
+            run = TrainingRun(config, torch.device(device))
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     while run.epoch < config.epochs and run.failed_step is None:
         run.begin_epoch()
@@ -117,7 +123,10 @@ def train(
                 on_step(run.steps_done, run.task.steps_per_epoch * config.epochs)
             if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
                 run.seconds = time.monotonic() - started
-                run.save(checkpoint)
+                try:
+                    run.save(checkpoint)
+                except OSError as error:  # the run itself needs none
+                    warnings.warn(f"{error}; the run goes on without a new checkpoint", stacklevel=2)
                 saved = time.monotonic()
         run.end_epoch()
     run.seconds = time.monotonic() - started
@@ -244,7 +253,7 @@ class TrainingRun:
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["key"] != self.config.key:
-            raise ValueError(f"{path} is a checkpoint of run {state['key']}, not of {self.config.key}: remove it")
+            raise ValueError(f"a checkpoint of run {state['key']}, not of {self.config.key}")
         self.task.network.load_state_dict(state["network"])
         self.task.load_state_dict(state["task"])
         for name, optimizer in self.optimizers.items():

@@ -22,7 +22,7 @@ VERSION := $(if $(call BY_HAND,PYTHON),$(shell $(PYTHON) -c 'import sys; print("
 UNFIT := $(shell test ! -e .venv || $(PY) -I .ci/environment.py '$(CURDIR)' $(STAMP) $(VERSION) 2>/dev/null || echo does not run)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test processors lab bench figures clean FORCE
+.PHONY: help setup reproduce test processors faults lab bench figures clean FORCE
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ test: setup ## lint, type check, unit tests, and every notebook against its stor
 
 processors: setup ## the tests as processors with other instruction sets and numbers of cores run them; about 90 minutes
 	tests/processors.sh
+
+faults: setup ## kill, fill, cut and corrupt for half an hour, and prove that nothing is lost
+	KOALA_RESULTS='$(CURDIR)/data/results' $(PY) -W ignore tests/faults.py --keep
 
 lab: setup ## open JupyterLab on the notebooks
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab

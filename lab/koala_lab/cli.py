@@ -252,11 +252,12 @@ def notebook(
         values = execute.parameters(file, preset, given)
     target = (output or file).resolve()
     try:
-        execute.execute(file, target, values)
+        with _one_sentence():
+            execute.execute(file, target, values)
+            if not in_place:
+                execute.to_html(target)
     except execute.NotebookFailed as error:
         _stop(str(error), 1)
-    if not in_place:
-        execute.to_html(target)
 
 
 def _notebook_file(text: str) -> Path:

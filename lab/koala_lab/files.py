@@ -6,6 +6,7 @@ import io
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,20 @@ def write_torch(path: Path, state: Any) -> None:
     torch.save(state, buffer)
     with replacing(path) as file:
         file.write(buffer.getbuffer())
+
+
+def read_torch(path: Path, device: object) -> Any:
+    """Read what `write_torch` wrote, onto a device.
+
+    Raises:
+        Exception: Of many kinds for a file that is damaged; one whose bytes have changed is refused by its checksums.
+    """
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        if changed := archive.testzip():
+            raise ValueError(f"the checksum of its part {changed} is wrong")
+    return torch.load(path, map_location=device, weights_only=True)  # type: ignore[arg-type]
 
 
 class _Loader(yaml.SafeLoader):

@@ -91,6 +91,19 @@ def test_a_damaged_sidecar_does_not_block_a_report(elsewhere: Path) -> None:
     assert "koala/cut" not in page
 
 
+def test_a_damaged_notebook_is_named_and_takes_no_other_down(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebooks = nb.all_notebooks() | {"koala/99_cut": elsewhere / "99_cut.ipynb"}
+    notebooks["koala/99_cut"].write_text('{"cells": [')
+    monkeypatch.setattr(nb, "all_notebooks", lambda: notebooks)
+    code, output = koala("list", "--only", "koala/99*")
+    assert code == 2
+    assert "99_cut.ipynb is no notebook" in output
+    assert koala("list", "--only", "apollo/26*")[0] == 0
+    page = report.build().read_text()
+    assert "99_cut.ipynb is no notebook" in page
+    assert "26_sdlbfgs" in page
+
+
 # ---- stray notebooks, stores of others
 
 

@@ -152,8 +152,8 @@ def execute(path: Path, output: Path, values: Mapping[str, Any]) -> None:
         except RuntimeError as error:  # jupyter_client's error for a kernel that never answered
             if attempt == 2 or "Kernel" not in str(error):
                 raise
-    kept.unlink(missing_ok=True)
     write(normal_form(executed), output)
+    kept.unlink(missing_ok=True)  # only then: the disk may be full
 
 
 def _sentence(path: Path, kept: Path, error: PapermillExecutionError) -> str:
@@ -173,5 +173,5 @@ def to_html(notebook: Path) -> Path:
     exporter = Exporter(template_name="lab", require_js_url="", mathjax_url="")  # type: ignore[no-untyped-call]
     body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": notebook.stem}})
     page = notebook.with_suffix(".html")
-    page.write_text(body.replace("</head>", _STYLE + "</head>", 1), encoding="utf-8")
+    write_bytes(page, body.replace("</head>", _STYLE + "</head>", 1).encode())
     return page

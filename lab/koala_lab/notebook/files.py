@@ -32,28 +32,37 @@ def all_notebooks() -> dict[str, Path]:
     return {name_of(p): p for p in sorted(found) if not re.search(r"(\.failed|-Copy\d+)\.ipynb$", p.name)}
 
 
-def title_of(path: Path) -> str:
-    """Return the heading of a notebook's first cell, without the mark."""
+def cells_of(path: Path) -> list[Any]:
+    """Read the cells of a notebook.
+
+    Raises:
+        ValueError: If the file holds no notebook with a cell.
+    """
     import nbformat
 
-    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
-    return str(first.source).splitlines()[0].lstrip("# ")
+    try:
+        cells: list[Any] = nbformat.read(path, as_version=4).cells  # type: ignore[no-untyped-call]
+        str(cells[0].source)
+    except Exception as error:  # of many kinds for a file that is damaged
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+        raise ValueError(f"{path} is no notebook ({reason}): restore it from git, or remove it") from error
+    return cells
+
+
+def title_of(path: Path) -> str:
+    """Return the heading of a notebook's first cell, without the mark."""
+    return str(cells_of(path)[0].source).partition("\n")[0].lstrip("# ")
 
 
 def paper_item(path: Path) -> str:
     """Return the table, figure or section that a notebook reproduces (its line "Paper item."), or ""."""
-    import nbformat
-
-    first = nbformat.read(path, as_version=4).cells[0]  # type: ignore[no-untyped-call]
-    found = re.search(r"^\*\*Paper item\.\*\* (.*)", str(first.source), re.MULTILINE)
+    found = re.search(r"^\*\*Paper item\.\*\* (.*)", str(cells_of(path)[0].source), re.MULTILINE)
     return re.split(r",? of [A-Z]\w+(?: et al\.)?, ", found.group(1))[0] if found else ""
 
 
 def tagged_source(path: Path, tag: str) -> str | None:
     """Return the source of the one code cell with a tag; ``None`` without one, an error with several."""
-    import nbformat
-
-    cells = nbformat.read(path, as_version=4).cells  # type: ignore[no-untyped-call]
+    cells = cells_of(path)
     sources = [str(c.source) for c in cells if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
     if len(sources) > 1:
         raise ValueError(f"{path}: {len(sources)} cells are tagged {tag!r}, at most one may be")

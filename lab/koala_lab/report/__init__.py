@@ -13,6 +13,7 @@ import mistune
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
+from koala_lab.files import write_bytes
 from koala_lab.report import overview
 
 _PAGE = """<!doctype html>
@@ -61,7 +62,7 @@ def build() -> Path:
         notebooks=_notebooks(folder), differences=_differences(), scoreboard=_table(), figures=_figures(folder)
     )
     index = folder / "index.html"
-    index.write_text(page, encoding="utf-8")
+    write_bytes(index, page.encode())
     return index
 
 
@@ -95,7 +96,11 @@ def _notebooks(folder: Path) -> str:
     """Return one list item per notebook: a link if it ran, otherwise "failed" or "not executed"."""
     lines = []
     for name, file in nb.all_notebooks().items():
-        title = html.escape(nb.title_of(file))
+        try:
+            title = html.escape(nb.title_of(file))
+        except ValueError as error:
+            lines.append(f'<span class="failed">{html.escape(str(error))}</span>')
+            continue
         page = folder / "notebooks" / f"{name}.html"
         failed = page.with_suffix(".failed.ipynb")
         link = f'<a href="notebooks/{html.escape(name)}.html">{html.escape(name)}</a>: {title}'
@@ -134,6 +139,6 @@ def refresh_committed() -> list[Path]:
     verdicts = claims.saved()
     readme, board = paths.ROOT / "README.md", paths.ROOT / "SCOREBOARD.md"
     text = claims.replace_block(readme.read_text(encoding="utf-8"), claims.counts(verdicts))
-    readme.write_text(text, encoding="utf-8")
-    board.write_text(f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}", encoding="utf-8")
+    write_bytes(readme, text.encode())
+    write_bytes(board, f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}".encode())
     return [readme, board, overview.save(), claims.write_verdicts(verdicts, committed())]

@@ -23,7 +23,7 @@ from torch.optim import swa_utils
 from koala_lab import tasks
 from koala_lab.baselines.registry import OWN_FORWARD, create, lookahead
 from koala_lab.config import RunConfig
-from koala_lab.files import set_aside, write_torch
+from koala_lab.files import read_torch, set_aside, write_torch
 from koala_lab.runs.provenance import provenance
 
 __all__ = ["RunConfig", "RunResult", "train"]
@@ -251,7 +251,7 @@ class TrainingRun:
         write_torch(path, state)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = read_torch(path, self.device)
         if state["key"] != self.config.key:
             raise ValueError(f"a checkpoint of run {state['key']}, not of {self.config.key}")
         self.task.network.load_state_dict(state["network"])

@@ -20,7 +20,6 @@ from koala_lab.checks import check_known
 from koala_lab.parameters import PRESETS
 
 if TYPE_CHECKING:
-    from koala_lab.bench.cost import Costs
     from koala_lab.config import RunConfig
     from koala_lab.runs import Store
     from koala_lab.runs.training import RunResult
@@ -128,7 +127,9 @@ def run(
     only: Only = "*",
     key: Annotated[str, typer.Option(help="only the run with this key")] = "",
     pending: Annotated[bool, typer.Option("--pending", help="leave out what has a result, failed or not")] = False,
-    time_budget: Annotated[float, typer.Option(help="seconds; start no run that is known not to fit")] = math.inf,
+    time_budget: Annotated[
+        float, typer.Option(help="seconds; a run that does not fit stops behind its checkpoint and goes on next time")
+    ] = math.inf,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     allow_unverified_data: Annotated[
         bool, typer.Option("--allow-unverified-data", help="take data with another checksum; results are tagged")
@@ -139,7 +140,6 @@ def run(
     Exit code 0: every run is done, or was left for later by the time budget; 3: some runs diverged and are stored as
     failed; 1: something broke.
     """
-    from koala_lab.bench.cost import Costs
     from koala_lab.runs import Store, merge_results, results_file
 
     if allow_unverified_data:
@@ -156,7 +156,7 @@ def run(
     known = {k: result for k in configs if (result := store.get(k))}
     wanted = [k for k in configs if key in ("", k) and not (pending and k in known)]
     todo = [configs[k] for k in wanted if k not in known]
-    trained, broken = _train(todo, Costs(known.values(), device=device), store, device, time_budget)
+    trained, broken = _train(todo, store, device, time_budget)
     results = [known[k] for k in wanted if k in known] + trained
     if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
         with _one_sentence():
@@ -190,20 +190,18 @@ def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
     yield from busy
 
 
-def _train(
-    todo: list[RunConfig], costs: Costs, store: Store, device: str, budget: float
-) -> tuple[list[RunResult], int]:
-    """Results of the runs that fitted into the budget, and the number of those that raised."""
+def _train(todo: list[RunConfig], store: Store, device: str, budget: float) -> tuple[list[RunResult], int]:
+    """Return the results of the runs that fitted into the budget, and the number of those that raised."""
     from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from koala_lab.runs.training import Stopped
 
     started, broken = time.monotonic(), 0
     results: list[RunResult] = []
     shape = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     with tqdm(total=len(todo), disable=None, smoothing=0, bar_format=shape) as bar:  # silent without a terminal
         for number, config in enumerate(_free_first(todo, store), start=1):
-            left, needed = budget - (time.monotonic() - started), costs.seconds(config, max) or 0.0
-            if needed > left:
-                bar.write(f"stopping: the next run needs about {needed:.0f} s, {max(left, 0):.0f} s are left")
+            if time.monotonic() - started >= budget:
                 break
             bar.set_description(f"run {number}/{len(todo)}")
 
@@ -211,9 +209,11 @@ def _train(
                 bar.update(before + step / steps - bar.n)
 
             try:
-                results.append(store.run(config, device=device, on_step=advance))
-                costs.add(results[-1])
+                results.append(store.run(config, device=device, on_step=advance, until=started + budget))
                 bar.write(f"{config.key}  {config.label}  {results[-1].status}")
+            except Stopped as stop:
+                bar.write(f"{config.key}  {stop}, for the time is over; the same command goes on")
+                break
             except Exception as error:  # the other runs go on; this one has no result and is tried again next time
                 broken += 1
                 bar.write(f"{config.key}  {config.label}  broken: {type(error).__name__}: {error}", file=sys.stderr)

@@ -348,6 +348,17 @@ def test_a_checkpoint_that_is_of_no_use_is_set_aside(tmp_path: Path, damage: str
     assert file.with_name("checkpoint.pt.damaged").exists()
 
 
+def test_a_run_stops_at_a_time_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    config, checkpoint = QUICK.but(epochs=2), tmp_path / "checkpoint.pt"
+    for steps in (1, 2):  # each call makes one step, for its time is over at once
+        with pytest.raises(train.Stopped, match=f"stopped after step {steps}$"):
+            train.train(config, checkpoint=checkpoint, until=time.monotonic())
+    rest: list[int] = []
+    resumed = train.train(config, checkpoint=checkpoint, on_step=lambda done, _: rest.append(done))
+    assert rest[0] == 3
+    assert resumed.provenance["weights_sha256"] == train.train(config).provenance["weights_sha256"]
+
+
 def test_a_disk_that_is_full_for_a_checkpoint_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

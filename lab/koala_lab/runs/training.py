@@ -26,7 +26,7 @@ from koala_lab.config import RunConfig
 from koala_lab.files import read_torch, set_aside, write_torch
 from koala_lab.runs.provenance import provenance
 
-__all__ = ["RunConfig", "RunResult", "train"]
+__all__ = ["RunConfig", "RunResult", "Stopped", "train"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class RunResult:
         )
 
 
+class Stopped(Exception):
+    """The time for a run was over; its checkpoint goes on."""
+
+
 def train(
     config: RunConfig,
     *,
@@ -86,6 +90,7 @@ def train(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_step: Callable[[int, int], None] | None = None,
+    until: float = math.inf,
 ) -> RunResult:
     """Train what a configuration says.
 
@@ -96,12 +101,14 @@ def train(
             read, or belongs to another run, is set aside with a warning; one that cannot be written is told and missed.
         checkpoint_seconds: 0 writes after every step.
         on_step: called with (steps done, steps in all).
+        until: a time of ``time.monotonic()``; the first step that ends after it is the last.
 
     Returns:
         The result. On the CPU a run has one thread, because sums depend on the number of threads; so on one kind of CPU
         it has the same bits everywhere, and whether it was interrupted or not.
 
     Raises:
+        Stopped: at ``until``, behind a checkpoint.
         ValueError: if a batch is larger than the data set.
         TypeError: for an argument that the optimizer, network or task does not have.
     """
@@ -121,13 +128,16 @@ def train(
             run.train_step(batch)
             if on_step is not None:
                 on_step(run.steps_done, run.task.steps_per_epoch * config.epochs)
-            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+            stopping = time.monotonic() >= until
+            if checkpoint is not None and (stopping or time.monotonic() - saved >= checkpoint_seconds):
                 run.seconds = time.monotonic() - started
                 try:
                     run.save(checkpoint)
                 except OSError as error:  # the run itself needs none
                     warnings.warn(f"{error}; the run goes on without a new checkpoint", stacklevel=2)
                 saved = time.monotonic()
+            if stopping:
+                raise Stopped(f"{config.label}: stopped after step {run.steps_done}")
         run.end_epoch()
     run.seconds = time.monotonic() - started
     return run.result()

@@ -124,7 +124,7 @@ class Losses(NamedTuple):
 
 @dataclass
 class Pending:
-    """What is known since ``predict()``: one object, which the wrappers of frameworks share that act for an optimizer."""
+    """What is known since ``predict()``, in one object: wrappers that act for an optimizer share it."""
 
     losses: tuple[Losses, ...] = ()  # one entry per call of observe()
     earlier: int = 0  # how many of them came before the last predict(): of micro-batches whose gradients are there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,16 @@ class Losses(NamedTuple):
     number: int
 
 
+@dataclass
+class Pending:
+    """What is known since ``predict()``, in one object: wrappers that act for an optimizer share it."""
+
+    losses: tuple[Losses, ...] = ()  # one entry per call of observe()
+    earlier: int = 0  # how many of them came before the last predict(): of micro-batches whose gradients are there
+    dtype: torch.dtype = torch.float32  # of the losses
+    zeroed: tuple[tuple[int, int], ...] = ()  # gradients that zero_grad() filled with zeros, and their versions
+
+
 class LossFilter(ScalarFilter):
     """Base of the optimizers that filter the loss: ``predict`` -> loss and gradient -> ``step``.
 
@@ -130,15 +141,16 @@ class LossFilter(ScalarFilter):
     per_group = ("lr", "weight_decay")
     new_entries = 1
     filter_type: Any  # the NamedTuple of the filter's scalars
-    _observed: tuple[Losses, ...] = ()  # of this step, one per call of observe()
-    _earlier = 0  # how many of them came before the last predict(): of micro-batches whose gradients are there
-    _observed_dtype = torch.float32
-    _zeroed: tuple[tuple[int, int], ...] = ()  # gradients that zero_grad() filled with zeros, and their versions
+    _pending: Pending
 
     @property
     def negative_losses(self) -> int:
         """Return how many steps had a negative mean loss, which "relative" cannot go below. Waits for the device."""
         return int(self._filter()[self.filter_entries.index("negative_losses")].item())
+
+    def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
+        self._pending = Pending()
+        super().__init__(params, defaults, filter_values)
 
     # -- what a subclass fills in ------------------------------------------------------------------------------
 
@@ -164,9 +176,10 @@ class LossFilter(ScalarFilter):
         as those of micro-batches are, and are forgotten if the gradients were cleared since: so a step that a gradient
         scaler skipped can simply be repeated.
         """
-        if self._observed and not self._has_gradients():
-            self._observed = ()
-        self._earlier = len(self._observed)
+        pending = self._pending
+        if pending.losses and not self._has_gradients():
+            pending.losses = ()
+        pending.earlier = len(pending.losses)
         if not self.param_groups[0]["predicted"]:
             self._predict()
             for group in self.param_groups:
@@ -175,14 +188,15 @@ class LossFilter(ScalarFilter):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and forget the losses from before the last ``predict()``, whose gradients they were."""
         super().zero_grad(set_to_none)
-        self._observed, self._earlier = self._observed[self._earlier :], 0
+        pending = self._pending
+        pending.losses, pending.earlier = pending.losses[pending.earlier :], 0
         grads = [] if set_to_none else [p.grad for p in self._trained() if p.grad is not None]
-        self._zeroed = tuple((id(g), g._version) for g in grads)
+        pending.zeroed = tuple((id(g), g._version) for g in grads)
 
     def _has_gradients(self) -> bool:
         """Say whether a gradient was computed since they were cleared."""
         grads = [p.grad for p in self._trained() if p.grad is not None]
-        return any((id(g), g._version) not in self._zeroed for g in grads)
+        return any((id(g), g._version) not in self._pending.zeroed for g in grads)
 
     def observe(self, losses: Tensor | float) -> None:
         """Hand in the losses whose gradient is in ``p.grad``; the next ``step()`` uses them.
@@ -210,8 +224,8 @@ class LossFilter(ScalarFilter):
             raise ValueError("losses are empty: a step needs at least one sample")
         values = losses.to(self.param_groups[0]["filter"])
         seen = Losses(scalars(values.sum()), scalars(values.square().sum()), losses.numel())
-        self._observed = (*self._observed, seen)
-        self._observed_dtype = losses.dtype
+        self._pending.losses += (seen,)
+        self._pending.dtype = losses.dtype
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -223,8 +237,9 @@ class LossFilter(ScalarFilter):
         ``predict()``, both passes, ``observe(losses)``, ``step()``.
 
         Args:
-            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses;
-                or None, where they are given by ``observe`` or ``loss``.
+            closure: clears the gradients, computes the losses, calls ``backward`` on their mean, returns the losses.
+                Where it hands them to ``observe``, these count and not what it returns, and with them those of earlier
+                micro-batches, unless it clears their gradients.
             loss: the same losses where forward and backward were run by the caller after :meth:`predict`.
 
         Returns:
@@ -244,21 +259,19 @@ class LossFilter(ScalarFilter):
                 raise TypeError(
                     f"step() takes a closure, got a {type(closure).__name__}; losses go in as step(loss=...)"
                 )
-            before, self._observed = self._observed if self.param_groups[0]["predicted"] else (), ()
             self.predict()
             with torch.enable_grad():
                 returned = closure()
             if returned is None:
-                self._observed = before + self._observed
                 self._check_observed(loss)
             elif loss is not None:
                 raise RuntimeError("step() takes a closure or a loss, not both")
-            else:
-                loss = returned
+            elif len(self._pending.losses) == self._pending.earlier:  # it observed none itself
+                self._pending.losses, loss = (), returned
         if loss is not None:
             self.observe(loss)
-        if self._observed:
-            mean = self._update(Losses(*map(sum, zip(*self._observed, strict=True))))
+        if self._pending.losses:
+            mean = self._update(Losses(*map(sum, zip(*self._pending.losses, strict=True))))
         elif closure is not None:  # it had no losses this time: the prediction stands
             state, mean = self.filter_type(*scalars(self._filter())), None
             self._write(state._replace(skipped_steps=state.skipped_steps + 1))
@@ -270,21 +283,21 @@ class LossFilter(ScalarFilter):
                 f"{type(self).__name__}.step() needs the losses: use step(closure), or predict() before the forward "
                 "pass and step(loss=losses) after backward, or observe(losses) before a bare step()"
             )
-        self._observed, self._earlier = (), 0
+        self._pending.losses, self._pending.earlier = (), 0
         for group in self.param_groups:
             group["predicted"] = False
         if mean is None:
             return None
         if not isinstance(mean, Tensor):
-            mean = torch.full((), mean, dtype=self._observed_dtype, device=self.param_groups[0]["filter"].device)
-        return mean.to(self._observed_dtype)
+            mean = torch.full((), mean, dtype=self._pending.dtype, device=self.param_groups[0]["filter"].device)
+        return mean.to(self._pending.dtype)
 
     def _check_observed(self, loss: Any) -> None:
         """Raise if a closure returned None and there is a gradient, but no loss.
 
         Closures of frameworks return None around a step whose losses were observed, and where they skip a batch.
         """
-        if loss is None and not self._observed and self._has_gradients():
+        if loss is None and not self._pending.losses and self._has_gradients():
             raise TypeError("the closure must return the losses, got None; or call observe(losses) before the step")
 
     # -- the filter's scalars, groups and state -----------------------------------------------------------------
@@ -322,4 +335,4 @@ class LossFilter(ScalarFilter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._observed, self._earlier = (), 0
+        self._pending = Pending()

@@ -53,8 +53,8 @@ class _Koala(LossFilter):
     """What KOALA-V and KOALA-M share: Algorithm 1 with gains per layer (25), noise estimates, skip rule."""
 
     has_velocity: bool
-    _process_group: Any = None
-    _knows_ranks = False  # whether somebody said, or was asked, what joins the ranks
+    _process_group: Any  # no value in the class, which would hide the optimizer's from wrappers that inherit from it
+    _knows_ranks: bool  # whether somebody said, or was asked, what joins the ranks
 
     def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
         for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
@@ -106,6 +106,10 @@ class _Koala(LossFilter):
                 "or process_group=False if the ranks train apart on purpose",
                 stacklevel=5,
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {"_process_group": None, "_knows_ranks": False} | self.__dict__  # nothing yet, if unpickled
+        super().__setstate__(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy everything but the process group, which copies share."""

@@ -28,7 +28,8 @@ CLAIM_ID = re.compile(r"(?<![\w./])(?:koala|meka|apollo)\.[a-z0-9_]+\.[a-z0-9_.]
 
 TEMPLATE = paths.notebooks() / "_template.ipynb"
 FOUND = "## What was found"
-USERS_LOOPS = {"00_start_here", "02_going_further"}  # these show the loops that users write
+FRAMEWORKS = "03_frameworks"  # it shows the classes that frameworks ask for
+USERS_LOOPS = {"00_start_here", "02_going_further", FRAMEWORKS}  # these show the loops that users write
 
 ANSWERS = [name for name in NOTEBOOKS if "/" in name]  # those on a paper; they follow the whole grammar
 
@@ -72,7 +73,7 @@ def test_size_and_shape(name: str) -> None:
     for cell in code:
         assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 25, cell.source
         for node in ast.walk(ast.parse(cell.source)):
-            assert not isinstance(node, ast.ClassDef), f"class {node.name} belongs into koala_lib"
+            assert not isinstance(node, ast.ClassDef) or name == FRAMEWORKS, f"class {node.name} belongs into koala_lib"
             if isinstance(node, ast.For | ast.While) and name not in USERS_LOOPS:
                 called = {
                     n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)

@@ -232,6 +232,89 @@ def test_a_closure_that_returns_a_collection_is_told_so_in_a_line(case: Case, wr
     assert "tensor(" not in str(error.value)
 
 
+@each_filter
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_losses_that_a_closure_observes_count_and_not_what_it_returns(case: Case, scale: float) -> None:
+    """As in Lightning, which returns the loss divided by the number of micro-batches, and skorch, which validates."""
+    net, plain = Net(), Net()
+    optimizer, other = case(net.parameters()), case(plain.parameters())
+
+    def closure(k: int) -> Tensor:
+        losses = losses_of(net, k)
+        optimizer.observe(losses)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        return losses.mean() * scale
+
+    for k in range(3):
+        optimizer.step(partial(closure, k))
+    advance(plain, other, range(3))
+    assert torch.equal(weights(net), weights(plain))
+    assert optimizer.filter_state() == other.filter_state()
+
+
+@each_filter
+@pytest.mark.parametrize("clears", [True, False])
+def test_micro_batches_before_a_closure_count_unless_it_clears_their_gradients(case: Case, clears: bool) -> None:
+    net, plain = Net(), Net()
+    optimizer, other = case(net.parameters()), case(plain.parameters())
+    parts = [slice(3, 6)] if clears else [slice(0, 3), slice(3, 6)]
+
+    def part(of: Net, by: Any, rows: slice, k: int) -> Tensor:
+        losses = losses_of(of, k, rows=rows)
+        by.observe(losses)
+        losses.sum().backward()
+        return losses.mean()
+
+    def closure(k: int) -> Tensor:
+        if clears:
+            optimizer.zero_grad()
+        return part(net, optimizer, slice(3, 6), k)
+
+    for k in range(3):
+        optimizer.zero_grad()
+        optimizer.predict()
+        part(net, optimizer, slice(0, 3), k)
+        optimizer.step(partial(closure, k))
+        other.zero_grad()
+        other.predict()
+        for rows in parts:
+            part(plain, other, rows, k)
+        other.step()
+    assert torch.equal(weights(net), weights(plain))
+    assert optimizer.filter_state() == other.filter_state()
+
+
+# ---- wrappers that act for an optimizer
+
+
+class Wrapper:
+    """As Lightning's and Fabric's: a subclass of the optimizer's class that asks it for the attributes it lacks."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.__class__ = type("Wrapped", (Wrapper, type(optimizer)), {})
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+@each_filter
+def test_a_wrapper_that_borrows_the_methods_shares_what_they_note(case: Case) -> None:
+    net, plain = Net(), Net()
+    optimizer, other = Wrapper(case(net.parameters())), case(plain.parameters())
+    for k in range(3):
+        optimizer.predict()
+        optimizer.observe(evaluate(net, optimizer, k))
+        optimizer.step()
+    advance(plain, other, range(3))
+    assert torch.equal(weights(net), weights(plain))
+    assert optimizer.filter_state() == other.filter_state()
+
+
 # ---- negative losses
 
 
@@ -278,6 +361,17 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 def test_a_copy_keeps_its_process_group() -> None:
     optimizer = KoalaM([nn.Parameter(torch.ones(2))], process_group=dist.group.WORLD)
     assert copy.deepcopy(optimizer)._process_group is dist.group.WORLD
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_wrapper_that_borrows_the_methods_has_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    optimizer = Wrapper(KoalaM(net.parameters(), process_group=dist.group.WORLD))
+    assert optimizer._process_group is dist.group.WORLD
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.predict()
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -56,6 +56,8 @@ def test_no_single_step_improves_a_plan(filtered: bool) -> None:
             steps = planned.steps.clone()
             steps[i] *= factor
             assert float(horizon.follow(moments, steps).excess[-1]) > end
+    again = horizon.plan(moments, 6, 6, begin=planned.steps, sweeps=1)
+    assert float(again.excess[-1]) <= end
     short = horizon.plan(moments, 6, 6, longest=1.0)
     assert float(short.steps.max()) == pytest.approx(1.0)
     assert float(short.excess[-1]) > end

@@ -83,18 +83,27 @@ def follow(moments: Moments, steps: Tensor) -> Schedule:
     return Schedule(steps, torch.stack(excess))
 
 
-def plan(moments: Moments, steps: int, horizon: int, *, longest: float = math.inf, sweeps: int = 30) -> Schedule:
+def plan(
+    moments: Moments,
+    steps: int,
+    horizon: int,
+    *,
+    longest: float = math.inf,
+    begin: Tensor | None = None,
+    sweeps: int = 30,
+) -> Schedule:
     """Choose step sizes for the expected excess at the end of every block of ``horizon`` steps.
 
     A horizon of 1 is the greedy step; that of the whole run plans it at once. Longer blocks are improved one step size
-    at a time, which is exact, since the last excess is a quadratic in each: from the greedy step sizes and from the
-    constant 1/L, whichever ends lower. It finds a good schedule, not surely the best.
+    at a time, which is exact, since the last excess is a quadratic in each: from the greedy step sizes, from the
+    constant 1/L and from a plan that is known, whichever ends lowest. It finds a good schedule, not surely the best.
 
     Args:
         moments: where to begin.
         steps: T, a multiple of ``horizon``.
         horizon: how many steps are planned at a time.
         longest: bound of the step sizes, in units of 1/L.
+        begin: step sizes (T,) to improve, such as those of a shorter horizon.
         sweeps: how often every step size of a block is improved.
 
     Raises:
@@ -104,11 +113,13 @@ def plan(moments: Moments, steps: int, horizon: int, *, longest: float = math.in
         raise ValueError(f"steps={steps} is no multiple of horizon={horizon}")
     first, chosen = moments, []
     bound = longest / float(moments.h.max())
-    for _ in range(steps // horizon):
-        greedy = _greedy(moments, horizon, bound)
-        flat = (1 / moments.h.max()).expand(horizon)
-        begins = [greedy, flat] if horizon > 1 else [greedy]
-        found = [_improve(moments, begin, bound, sweeps if horizon > 1 else 0) for begin in begins]
+    for t in range(0, steps, horizon):
+        begins = [_greedy(moments, horizon, bound)]
+        if horizon > 1:
+            begins.append((1 / moments.h.max()).expand(horizon))
+        if begin is not None:
+            begins.append(begin[t : t + horizon])
+        found = [_improve(moments, one, bound, sweeps if horizon > 1 else 0) for one in begins]
         block = min(found, key=lambda schedule: float(schedule.excess[-1])).steps
         for alpha in block:
             moments = moments.step(alpha)

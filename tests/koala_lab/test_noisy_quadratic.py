@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from koala_lab.theory import meka as theory_meka
-from koala_lab.theory.meka import descend
+from koala_lab.theory import meka_runs
+from koala_lab.theory.meka_runs import descend
 from koala_lab.theory.problems import NoisyQuadratic, noisy_quadratic
 from koala_lib import Meka, kalman
 
@@ -53,6 +54,9 @@ def test_the_random_hessian_has_the_condition_asked_for() -> None:
     assert torch.equal(problem.covariance, 0.5 * torch.eye(20, dtype=F64))
     assert torch.equal(problem.start, 2 * noisy_quadratic(20, seed=3).start)
     assert float(torch.tril(problem.hessian, -1).abs().max()) > 0.01
+    straight = noisy_quadratic(20, condition=1500.0, turned=False, seed=3)
+    torch.testing.assert_close(straight.hessian.diagonal().sort().values, eigenvalues)
+    assert float(torch.tril(straight.hessian, -1).abs().max()) == 0
 
 
 # ---- the filter (15) -------------------------------------------------------------------------------------------------
@@ -237,20 +241,49 @@ def test_the_printed_inequality_fails_without_the_cross_term() -> None:
     torch.testing.assert_close(excess[1:] - printed[:-1], -alpha * (1 - alpha) * (excess[:-1] + cross))
 
 
+@pytest.mark.parametrize("direction", ["gradient", "adam"])
 @pytest.mark.parametrize("step_size", [0.5, "pi"])
-def test_measured_runs_are_those_of_the_optimizer(step_size: float | str) -> None:
+def test_measured_runs_are_those_of_the_optimizer(step_size: float | str, direction: str) -> None:
     problem, rule = small(), {"step_size": step_size} if step_size == "pi" else {"lr": 0.5, "step_size": "constant"}
     generator, model = torch.Generator().manual_seed(3), problem.model()
-    optimizer = Meka(model, problem.loss_fn, smoothing=0.9, **rule)
+    optimizer = Meka(model, problem.loss_fn, smoothing=0.9, direction=direction, **rule)
     seen = [problem.start]
     for _ in range(12):
         xi = problem.draw(1, 4, generator=generator)[0]
         optimizer.step(xi, xi)
         seen.append(model.theta.detach().clone())
-    path = theory_meka.trajectories(problem, 12, step_size, gradient="measured", batch_size=4, seed=3, smoothing=0.9)
+    options = dict(gradient="measured", batch_size=4, seed=3, smoothing=0.9, direction=direction)
+    path = meka_runs.trajectories(problem, 12, step_size, **options)
     torch.testing.assert_close(path[:, 0], torch.stack(seen), rtol=1e-9, atol=1e-11)
     with pytest.raises(ValueError, match="measured variances need batch_size >= 2, got 1"):
-        theory_meka.trajectories(problem, 1, step_size, gradient="measured")
+        meka_runs.trajectories(problem, 1, step_size, gradient="measured")
+
+
+def test_the_tracked_loss_is_that_of_the_matrix_filter() -> None:
+    """Against the equations (16)-(18) on the run's own weights, one run at a time."""
+    problem, B, alpha, steps = small(), 3, 0.4, 8
+    H, floor = problem.hessian, float((problem.hessian @ problem.covariance).trace() / 2)
+    track = meka_runs.value_track(problem, steps, alpha, batch_size=B, runs=2, seed=5)
+    path = meka_runs.trajectories(problem, steps, alpha, gradient="filtered", batch_size=B, runs=2, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    draws = torch.stack([problem.draw(2, B, generator=generator) for _ in range(steps)])
+    for run in range(2):
+        for t in range(steps):
+            shift = path[t, run] - draws[t, run]
+            y, r = float(problem.excess(shift).mean()), float(problem.loss_noise(path[t, run], B))
+            f = float(problem.excess(path[t, run])) + floor
+            if t == 0:
+                u, s = y, r
+            else:
+                d = path[t, run] - path[t - 1, run]
+                m, P = -d / alpha, problem.gradient_noise(B) / t
+                predicted, c = u + float(m @ d + d @ H @ d / 2), s + float(d @ P @ d) + r
+                assert float(track.innovation[t, run]) == pytest.approx(y - predicted)
+                assert float(track.predicted_variance[t, run]) == pytest.approx(c)
+                u, s = predicted + (c - r) / c * (y - predicted), (c - r) * r / c
+            seen = [float(x[t, run]) for x in (track.truth, track.value, track.variance)]
+            assert seen == pytest.approx([f, u, s])
+            assert bool(track.covered()[t, run]) is (abs(f - u) <= s**0.5)
 
 
 def test_momentum_is_that_of_torch() -> None:
@@ -262,7 +295,7 @@ def test_momentum_is_that_of_torch() -> None:
         problem.loss_fn(model(xi), xi).mean().backward()
         optimizer.step()
         seen.append(model.theta.detach().clone())
-    path = theory_meka.trajectories(problem, 6, 0.4, gradient="momentum", batch_size=2, seed=1)
+    path = meka_runs.trajectories(problem, 6, 0.4, gradient="momentum", batch_size=2, seed=1)
     torch.testing.assert_close(path[:, 0], torch.stack(seen))
 
 

@@ -20,6 +20,7 @@ from koala_lab import claims, paths
 from koala_lab import notebook as nb
 from koala_lab.notebook import execute
 from koala_lab.parameters import resolve
+from koala_lib import reference
 
 NOTEBOOKS = nb.all_notebooks()
 PRESETS = sorted(paths.presets().rglob("*.yaml"))
@@ -118,6 +119,14 @@ def test_nbval_has_something_to_compare(name: str) -> None:
     checked = [c for c in cells(name) if "nbval-check-output" in tags(c)]
     assert checked
     assert all(text_of(c).strip() for c in checked), "a checked cell prints nothing"
+
+
+def test_mekas_algorithm_stands_beside_lines_of_the_reference() -> None:
+    source = Path(reference.__file__).with_name("meka.py").read_text(encoding="utf-8")
+    text = "\n".join(c.source for c in cells("meka/12_step_size_rules", "markdown"))
+    lines = re.findall(r"^\| [^|]+ \| `([^`|]+)` \|$", text.split("appendix A) beside the code")[1], re.M)
+    assert len(lines) > 15
+    assert [line for line in lines if line not in source] == []
 
 
 # ---------------------------------------------------------------- claims

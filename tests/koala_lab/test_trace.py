@@ -150,6 +150,8 @@ def test_distances_to_the_full_gradient_against_a_loop_by_hand() -> None:
         p += float(products.var(0).mean()) / 64
         k = p / (p + sigma)
         m, p = (1 - k) * (m + b) + k * g, (1 - k) * p
+        loss = torch.nn.functional.cross_entropy(network(everything[0]), everything[1])  # at theta, by the line above
+        assert row.full_loss == pytest.approx(float(loss), rel=1e-5)
         assert row.full_gradient_norm == pytest.approx(float(full.norm()), rel=1e-4)
         assert row.filtered_error == pytest.approx(float((m - full).norm()), rel=1e-3)
         assert row.minibatch_error == pytest.approx(float((g - full).norm()), rel=1e-3)

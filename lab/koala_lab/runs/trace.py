@@ -49,7 +49,7 @@ def trace(
 
         For MEKA with ``full_gradient``, Euclidean norms over all weights:
 
-        * ``full_gradient_norm``: of the gradient of the mean training loss;
+        * ``full_loss``, ``full_gradient_norm``: the mean training loss before the step, and the norm of its gradient;
         * ``filtered_error``, ``minibatch_error``: distances of m_t and g_t from it.
 
     Raises:
@@ -99,7 +99,8 @@ def _koala_step(run: TrainingRun, optimizer: LossFilter, batch: Any) -> dict[str
 def _meka_step(run: TrainingRun, optimizer: Meka, batch: Any, full_gradient: bool) -> dict[str, float]:
     row: dict[str, float] = {}
     if full_gradient:
-        full, minibatch = (_mean_gradient(run, batches) for batches in (_training_set(run), [batch]))
+        full, row["full_loss"] = _mean_gradient(run, _training_set(run))
+        minibatch, _ = _mean_gradient(run, [batch])
     row["loss"] = run.task.step(batch, run.optimizers).item()
     if full_gradient:
         filtered = torch.cat([optimizer.state[p]["mean"].flatten() for p in run.task.network.parameters()])
@@ -109,15 +110,16 @@ def _meka_step(run: TrainingRun, optimizer: Meka, batch: Any, full_gradient: boo
     return row | optimizer.filter_state()
 
 
-def _mean_gradient(run: TrainingRun, batches: Iterable[Any]) -> Tensor:
-    """Return the gradient of the mean loss over all samples of some batches, as one vector."""
+def _mean_gradient(run: TrainingRun, batches: Iterable[Any]) -> tuple[Tensor, float]:
+    """Return the gradient of the mean loss over all samples of some batches, as one vector, and that loss."""
     parameters = [*run.task.network.parameters()]
-    total, samples = torch.zeros(sum(p.numel() for p in parameters), device=run.device), 0
+    total, loss, samples = torch.zeros(sum(p.numel() for p in parameters), device=run.device), 0.0, 0
     for batch in batches:
         losses = run.task.sample_losses(batch)
         total += torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), parameters)])
+        loss += losses.sum().item()
         samples += len(losses)
-    return total / samples
+    return total / samples, loss / samples
 
 
 def _training_set(run: TrainingRun) -> Iterable[Any]:

@@ -363,7 +363,13 @@ class _Shift(torch.nn.Module):
 
 
 def noisy_quadratic(
-    n: int = 20, *, condition: float = 1000.0, noise: float = 1.0, distance: float = 1.0, seed: int = 0
+    n: int = 20,
+    *,
+    condition: float = 1000.0,
+    noise: float = 1.0,
+    distance: float = 1.0,
+    turned: bool = True,
+    seed: int = 0,
 ) -> NoisyQuadratic:
     """Draw a problem whose Hessian has eigenvalues from 1 / condition to 1, evenly spread in the logarithm.
 
@@ -372,6 +378,7 @@ def noisy_quadratic(
         condition: ratio of the largest eigenvalue to the smallest.
         noise: C = noise I.
         distance: theta_0 is normal with this standard deviation in every coordinate.
+        turned: whether the eigenvectors are random, or else the coordinates.
         seed: of eigenvectors and start.
 
     >>> torch.linalg.eigvalsh(noisy_quadratic(3, condition=100.0).hessian)
@@ -379,7 +386,7 @@ def noisy_quadratic(
     """
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(n + 1, n, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(normal[1:])[0]
+    basis = torch.linalg.qr(normal[1:])[0] if turned else torch.eye(n, dtype=torch.float64)
     eigenvalues = condition ** -torch.linspace(0, 1, n, dtype=torch.float64)
     hessian = basis * eigenvalues @ basis.T
     return NoisyQuadratic((hessian + hessian.T) / 2, noise * torch.eye(n, dtype=torch.float64), distance * normal[0])

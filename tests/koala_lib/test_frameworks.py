@@ -79,6 +79,14 @@ def plain(make: Any, micro: int = MICRO, clip: float = CLIP, missing: int | None
     return net, optimizer
 
 
+def test_clipping_schedule_and_pieces_change_the_plain_loop() -> None:
+    """So equality with it says something about each."""
+    ends = [plain(KoalaM), plain(KoalaM, clip=1e9), plain(KoalaM, micro=1), plain(KoalaM, missing=2)]
+    rates = {float(optimizer.param_groups[0]["lr"]) for _, optimizer in ends}
+    assert max(rates) < 0.5
+    assert len({tuple(weights(net).tolist()) for net, _ in ends}) == len(ends)
+
+
 def same(net: Any, optimizer: Any, expected: tuple[Net, Any]) -> None:
     assert torch.equal(weights(net), weights(expected[0]))
     assert optimizer.filter_state() == expected[1].filter_state()
@@ -213,32 +221,6 @@ def test_lightning_runs_meka_and_apollo() -> None:
     assert torch.equal(weights(apollo), weights(other))
 
 
-def test_lightning_on_two_ranks() -> None:
-    pytest.importorskip("lightning")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    Path("ranks.py").write_text("from tests.koala_lib.test_frameworks import two_ranks\ntwo_ranks()")
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([*command, "ranks.py"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    net, optimizer = plain(KoalaM)
-    for rank in range(2):
-        found = torch.load(f"{rank}.pt")
-        assert torch.allclose(found["weights"], weights(net), rtol=1e-9, atol=1e-9)
-        assert found["filter"] == pytest.approx(optimizer.filter_state(), rel=1e-9)
-
-
-def two_ranks() -> None:
-    """What a rank of the test above runs, with every second row; together the ranks have the plain micro-batches."""
-    module = lightning_module(KoalaM)
-    trainer = lightning_trainer(EPOCHS, devices=2, strategy="ddp", use_distributed_sampler=False)
-    rows = DistributedSampler(dataset(), 2, int(os.environ["RANK"]), shuffle=False)
-    batches = DataLoader(dataset(), batch_size=2, sampler=rows)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*without a process_group")
-        trainer.fit(module, batches, batches)
-    torch.save({"weights": weights(module), "filter": module.optimizers().filter_state()}, f"{trainer.global_rank}.pt")
-
-
 # ---- transformers
 
 
@@ -249,79 +231,76 @@ class Named(Net):
         return {"logits": super().forward(inputs)}
 
 
-def rows() -> list[dict[str, Tensor]]:
-    return [{"inputs": inputs, "labels": targets} for inputs, targets in dataset()]
+def transformers_trainer(make: Any, epochs: int, batch_size: int = 4) -> tuple[Net, Any, Any]:
+    transformers = pytest.importorskip("transformers", reason="pip install './lab[frameworks]'")
+    pytest.importorskip("accelerate", reason="pip install './lab[frameworks]'")
+    arguments = transformers.TrainingArguments(
+        output_dir="out", num_train_epochs=epochs, per_device_train_batch_size=batch_size, max_grad_norm=CLIP,
+        gradient_accumulation_steps=MICRO, use_cpu=True, eval_strategy="epoch", save_strategy="epoch",
+        train_sampling_strategy="sequential", disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    net = Named()
+    optimizer = make(net.parameters(), process_group=dist.group.WORLD)
+
+    class Predict(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer.predict()
+
+    def loss(outputs: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        losses = losses_of(outputs["logits"], labels)
+        if losses.requires_grad:
+            optimizer.observe(losses)
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+    rows = [{"inputs": inputs, "labels": targets} for inputs, targets in dataset()]
+    trainer = transformers.Trainer(
+        net, arguments, train_dataset=rows, eval_dataset=rows, compute_loss_func=loss, callbacks=[Predict()],
+        optimizers=(optimizer, schedule(optimizer)),
+    )  # fmt: skip
+    return net, optimizer, trainer
 
 
 @each
-def test_transformers_trainer(make: Any) -> None:
-    transformers = pytest.importorskip("transformers", reason="pip install './lab[frameworks]'")
-    pytest.importorskip("accelerate")
-
-    def trainer(epochs: int) -> tuple[Any, Any]:
-        net = Named()
-        optimizer = make(net.parameters())
-
-        class Predict(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                optimizer.predict()
-
-        def loss(outputs: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            losses = losses_of(outputs["logits"], labels)
-            if losses.requires_grad:
-                optimizer.observe(losses)
-            return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
-
-        arguments = transformers.TrainingArguments(
-            output_dir="out", num_train_epochs=epochs, per_device_train_batch_size=4, max_grad_norm=CLIP,
-            gradient_accumulation_steps=MICRO, use_cpu=True, eval_strategy="epoch", save_strategy="epoch",
-            train_sampling_strategy="sequential", disable_tqdm=True, report_to="none",
-        )  # fmt: skip
-        made = transformers.Trainer(
-            net, arguments, train_dataset=rows(), eval_dataset=rows(), compute_loss_func=loss,
-            optimizers=(optimizer, schedule(optimizer)), callbacks=[Predict()],
-        )  # fmt: skip
-        return net, made
-
-    net, first = trainer(EPOCHS // 2)
-    first.train()
-    net, second = trainer(EPOCHS)
-    second.train(resume_from_checkpoint=True)
-    optimizer = second.optimizer.optimizer
+def test_transformers(make: Any) -> None:
+    transformers_trainer(make, EPOCHS // 2)[2].train()
+    net, optimizer, trainer = transformers_trainer(make, EPOCHS)
+    trainer.train(resume_from_checkpoint=True)
     same(net, optimizer, plain(make))
 
 
 # ---- accelerate
 
 
+def accelerate_train(make: Any, epochs: range, **options: Any) -> tuple[Net, Any]:
+    accelerate = pytest.importorskip("accelerate", reason="pip install './lab[frameworks]'")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=MICRO, **options)
+    net = Net()
+    koala = make(net.parameters(), process_group=dist.group.WORLD)
+    model, optimizer, batches, scheduler = accelerator.prepare(net, koala, loader(), schedule(koala))
+    if epochs.start:
+        accelerator.load_state("half")
+    for _ in epochs:
+        for inputs, targets in batches:
+            with accelerator.accumulate(model):
+                koala.predict()
+                losses = losses_of(model(inputs), targets)
+                koala.observe(losses)
+                accelerator.backward(losses.mean())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            losses_of(model(inputs), targets)
+    accelerator.save_state("half")
+    return net, koala
+
+
 @each
 def test_accelerate(make: Any) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="pip install './lab[frameworks]'")
-
-    def train(epochs: range) -> tuple[Net, Any]:
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=MICRO)
-        net = Net()
-        koala = make(net.parameters())
-        model, optimizer, batches, scheduler = accelerator.prepare(net, koala, loader(), schedule(koala))
-        if epochs.start:
-            accelerator.load_state("half")
-        for _ in epochs:
-            for inputs, targets in batches:
-                with accelerator.accumulate(model):
-                    koala.predict()
-                    losses = losses_of(model(inputs), targets)
-                    koala.observe(losses)
-                    accelerator.backward(losses.mean())
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
-                    optimizer.step()
-                    scheduler.step()
-                    optimizer.zero_grad()
-        accelerator.save_state("half")
-        return net, koala
-
-    train(range(EPOCHS // 2))
-    same(*train(range(EPOCHS // 2, EPOCHS)), plain(make))
+    accelerate_train(make, range(EPOCHS // 2))
+    same(*accelerate_train(make, range(EPOCHS // 2, EPOCHS)), plain(make))
 
 
 # ---- skorch
@@ -412,3 +391,52 @@ def test_ignite(make: Any) -> None:
     Checkpoint.load_objects(to_load, torch.load("half.pt"))
     trainer.run(loader(), max_epochs=EPOCHS)
     same(net, optimizer, plain(make))
+
+
+# ---- two ranks, which share every micro-batch
+
+
+def lightning_rank() -> tuple[Any, Any]:
+    module = lightning_module(KoalaM)
+    trainer = lightning_trainer(EPOCHS, devices=2, strategy="ddp", use_distributed_sampler=False)
+    rows = DistributedSampler(dataset(), 2, int(os.environ["RANK"]), shuffle=False)
+    batches = DataLoader(dataset(), batch_size=2, sampler=rows)
+    trainer.fit(module, batches, batches)
+    return module, module.optimizers()
+
+
+def transformers_rank() -> tuple[Any, Any]:
+    net, optimizer, trainer = transformers_trainer(KoalaM, EPOCHS, batch_size=2)
+    trainer.train()
+    return net, optimizer
+
+
+def accelerate_rank() -> tuple[Any, Any]:
+    from accelerate.utils import DataLoaderConfiguration
+
+    # Otherwise a prepared scheduler takes a step for every rank.
+    split = DataLoaderConfiguration(split_batches=True)
+    return accelerate_train(KoalaM, range(EPOCHS), dataloader_config=split)
+
+
+def keep(train: Callable[[], tuple[Any, Any]]) -> None:
+    """What a rank of the test below runs."""
+    warnings.filterwarnings("error", ".*without a process_group")
+    net, optimizer = train()
+    torch.save({"weights": weights(net), "filter": optimizer.filter_state()}, f"{os.environ['RANK']}.pt")
+
+
+@pytest.mark.parametrize("train", [lightning_rank, transformers_rank, accelerate_rank])
+def test_two_ranks(train: Any) -> None:
+    pytest.importorskip(train.__name__.removesuffix("_rank"), reason="pip install './lab[frameworks]'")
+    script = f"from tests.koala_lib import test_frameworks as t\nt.keep(t.{train.__name__})"
+    Path("ranks.py").write_text(script)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "ranks.py"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    net, optimizer = plain(KoalaM)
+    for rank in range(2):
+        found = torch.load(f"{rank}.pt")
+        assert torch.allclose(found["weights"], weights(net), rtol=1e-9, atol=1e-9)
+        assert found["filter"] == pytest.approx(optimizer.filter_state(), rel=1e-9)

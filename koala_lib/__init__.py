@@ -9,7 +9,7 @@ __all__ = ["Apollo", "KoalaM", "KoalaV", "Meka"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the optimizers when they are asked for: the command `koala` mostly does without torch."""
+    """Import the optimizers, and torch with them, when they are asked for."""
     if name in __all__:
         from koala_lib import optim
 

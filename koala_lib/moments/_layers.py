@@ -129,7 +129,7 @@ class Linear(Product):
 
     @property
     def _at_once(self) -> bool:
-        """Whether the curvatures of weight and bias are one inner product, booked under the weight."""
+        """Say whether the curvatures of weight and bias are one inner product, booked under the weight."""
         return self.whole and self.own is not None
 
     def product(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -312,7 +312,7 @@ class LayerNorm(Layer):
         return first, self.bent(second)
 
     def _composed(self, x: Tensor, *rest: Tensor) -> Tensor:
-        """Norm in elementary operations: torch's own loses terms of the second derivative in forward mode."""
+        """Normalise in elementary operations: torch's own loses terms of the second derivative in forward mode."""
         over = tuple(range(-len(self.normalized), 0))
         x = x - x.mean(over, keepdim=True)
         x = x * (x.square().mean(over, keepdim=True) + self.eps).rsqrt()

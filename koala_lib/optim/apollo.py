@@ -281,11 +281,11 @@ class Apollo(CheckedOptimizer):
                 loss = closure()
         if any(group["decoupled_weight_decay"] for group in self.param_groups):  # which may begin later
             self._initialise()
-        weights = Passes(self, ("step", "mean", "curvature"), observed=True)
-        if weights.ranks:
-            self._step_on_shards(weights)
+        passes = Passes(self, ("step", "mean", "curvature"), observed=True)
+        if passes.ranks:
+            self._step_on_shards(passes)
             return loss
-        for bucket in weights.buckets:
+        for bucket in passes.buckets:
             t, eps = self._tensors(bucket)
             compiled = bucket.compiled and CompiledPass.compiler_works is not False
             if compiled:
@@ -300,14 +300,14 @@ class Apollo(CheckedOptimizer):
                 _descend(t, g)
         return loss
 
-    def _step_on_shards(self, weights: Passes) -> None:
+    def _step_on_shards(self, passes: Passes) -> None:
         """Join all sums in one collective before anything moves."""
-        buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in weights.buckets]
+        buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in passes.buckets]
         sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _ in buckets]
         joined = torch.cat([torch.stack([excess.to(powers.dtype), powers]) for excess, powers in sums], 1)
-        here = times_shards(joined, (p for bucket in weights.buckets for p in bucket.params))
-        whole = mean_over_ranks(here, weights.ranks)
-        parts = torch.split(whole, [len(bucket.params) for bucket in weights.buckets], 1)
+        here = times_shards(joined, (p for bucket in passes.buckets for p in bucket.params))
+        whole = mean_over_ranks(here, passes.ranks)
+        parts = torch.split(whole, [len(bucket.params) for bucket in passes.buckets], 1)
         for (compiled, t, eps), part in zip(buckets, parts, strict=True):
             excess, fourth_powers = part
             factors = _factors(excess, fourth_powers, t.mean_rates, eps)

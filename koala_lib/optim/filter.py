@@ -46,7 +46,7 @@ class ScalarFilter(CheckedOptimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps had no usable observation (small gradient, non-finite loss). Waits for the device."""
+        """Count the steps without a usable observation (small gradient, non-finite loss). Waits for the device."""
         return int(self._filter()[self.filter_entries.index("skipped_steps")].item())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -138,13 +139,13 @@ class _Koala(LossFilter):
         beta, q = options["noise_decay"], state.process_noise
         if self.has_velocity or adaptive:
             kept = ["velocity"] * self.has_velocity + ["average"] * adaptive
-            weights = KoalaPasses(self, kept, observed=False, process_group=self._process_group)
-            drift = weights.advance(
+            passes = KoalaPasses(self, kept, observed=False, process_group=self._process_group)
+            drift = passes.advance(
                 momentum=options["momentum"] if self.has_velocity else 0.0,
                 average_rate=0.0 if released else 1 - beta,  # (23); released row 2: after the update
             )
         if adaptive:
-            n = sum(p.numel() for bucket in weights.buckets for p in bucket.params) or 1
+            n = sum(p.numel() for bucket in passes.buckets for p in bucket.params) or 1
             q_x = drift / n  # |x_{k-1} - x_avg|^2 / n (24)
             q = kalman.running_average(q, drift**0.5 / n, beta) if released else q_x  # released row 1
         self._write(self._predict_covariance(state, q))
@@ -160,12 +161,12 @@ class _Koala(LossFilter):
         released, beta = options["formulas"] == "released", options["noise_decay"]
         averages = released and options["process_noise"] is None
         kept = ["velocity"] * self.has_velocity + ["average"] * averages
-        weights = KoalaPasses(self, kept, observed=True, process_group=self._process_group)
+        passes = KoalaPasses(self, kept, observed=True, process_group=self._process_group)
         missing = state._replace(skipped_steps=state.skipped_steps + 1)
-        if not weights.buckets:  # no gradient anywhere
+        if not passes.buckets:  # no gradient anywhere
             self._write(missing)
             return losses.total / losses.number
-        seen = weights.observe(
+        seen = passes.observe(
             losses,
             least=options["min_grad_norm"] if released else None,  # released row 8
             together=options["blocks"] == "global",
@@ -184,14 +185,14 @@ class _Koala(LossFilter):
             return L
 
         gains = []
-        for squared_norm, penalty, lr, part in seen.blocks:
-            e = lr * (L + penalty) if options["target_risk"] == "relative" else lr  # (28), or (27)
-            S = A * squared_norm + R  # Table 1 with P = A I (11)
-            gains.append(part * e / (S + (S == 0)))  # a single S_i = 0 means that A or h_i is 0, and x_i stays
-        weights.correct(
+        for i in seen.blocks:
+            e = i.lr * (L + i.penalty) if options["target_risk"] == "relative" else i.lr  # (28), or (27)
+            S = A * i.squared_norm + R  # Table 1 with P = A I (11)
+            gains.append(i.part * e / (S + (S == 0)))  # a single S_i = 0 means that A or h_i is 0, and x_i stays
+        passes.correct(
             steps=[A * gain for gain in gains],  # x_i -= P^ e_i / S_i h_i (12)
             velocity_steps=[state.covariance * gain for gain in gains] if self.has_velocity else None,
-            average_rates=[(1 - beta) * part for *_, part in seen.blocks] if averages else None,  # released row 2
+            average_rates=[(1 - beta) * i.part for i in seen.blocks] if averages else None,  # released row 2
             weight_decay=self.has_velocity or not released,  # released row 9
             observed=observed,
         )
@@ -382,7 +383,7 @@ class KoalaM(_Koala):
         for name in ("initial_variance", "initial_velocity_variance", "velocity_noise"):
             check_number(name, options[name])
         check_number("momentum", momentum, high=1.0)
-        check_number("initial_covariance", initial_covariance, low=-float("inf"))
+        check_number("initial_covariance", initial_covariance, low=-sys.float_info.max)
         if initial_covariance**2 > initial_variance * initial_velocity_variance:
             raise ValueError(
                 f"initial_covariance={initial_covariance} is impossible: its square must not exceed "
@@ -391,10 +392,12 @@ class KoalaM(_Koala):
         super().__init__(params, options, process_group)
 
     def _predict_covariance(self, state: MomentumFilter, q: Scalar) -> MomentumFilter:
-        options, P = self.param_groups[0], kalman.MomentumCovariance(*state[:3])
+        options = self.param_groups[0]
+        P = kalman.MomentumCovariance(state.variance, state.covariance, state.velocity_variance)
         P = kalman.predict_momentum(P, options["momentum"], q, options["velocity_noise"])  # (19)
-        return MomentumFilter(*P, q, *state[4:])
+        return state._replace(**P._asdict(), process_noise=q)
 
     def _condition_covariance(self, state: MomentumFilter, squared_norm: Scalar, R: Scalar) -> MomentumFilter:
-        P = kalman.condition_momentum(kalman.MomentumCovariance(*state[:3]), squared_norm, R)  # (21)
+        P = kalman.MomentumCovariance(state.variance, state.covariance, state.velocity_variance)
+        P = kalman.condition_momentum(P, squared_norm, R)  # (21)
         return state._replace(**P._asdict(), measurement_noise=R)

@@ -1,4 +1,4 @@
-"""MEKA: the full gradient as a hidden state that curvature carries on (Chen et al., PMLR v137, 2021, arXiv 2011.04803).
+"""MEKA: the full gradient as a hidden state that curvature carries on (Chen et al., 2020, arXiv 2011.04803).
 
 The minibatch gradient is a noisy observation of the full gradient; between two steps the full gradient changes by the
 Hessian times the displacement, which the minibatch gives too. How noisy both are is measured from the per-sample
@@ -385,7 +385,7 @@ class Meka(ScalarFilter):
             torch._foreach_copy_(old, news)
         torch._foreach_add_(list(named.values()), steps)
 
-    # what the variants in meka_variants.py do otherwise
+    # for variants that condition the value otherwise
     _condition_value = staticmethod(kalman.condition_value)
 
     def _observe(self, inputs: Tensor, targets: Tensor, named: dict[str, Tensor], moves: list[Tensor]) -> _Observed:

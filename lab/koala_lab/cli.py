@@ -35,7 +35,7 @@ Only = Annotated[str, typer.Option("--only", help="glob over notebook names, suc
 
 @contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Bad input ends with what is wrong, not with a traceback."""
+    """End at bad input with what is wrong, not with a traceback."""
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no such data set to be had
@@ -180,7 +180,7 @@ def _check_device(device: str, *, here: bool = True) -> None:
 
 
 def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
-    """Each run once; those that another process is at come last, so that several processes share a list."""
+    """Yield each run once; those that another process is at come last, so that several processes share a list."""
     busy = []
     for config in todo:
         if store.busy(config.key):

@@ -112,7 +112,7 @@ def from_text(parameters: Mapping[str, Parameter], texts: Mapping[str, str]) -> 
 
 
 def resolve(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults overridden by what was given, checked.
+    """Override the defaults by what was given, checked.
 
     Args:
         parameters: The declared parameters.

@@ -74,12 +74,12 @@ def test_size_and_shape(name: str) -> None:
     for cell in code:
         assert sum(bool(line.strip()) for line in cell.source.splitlines()) <= 25, cell.source
         for node in ast.walk(ast.parse(cell.source)):
-            assert not isinstance(node, ast.ClassDef) or name == FRAMEWORKS, f"class {node.name} belongs into koala_lib"
+            assert not isinstance(node, ast.ClassDef) or name == FRAMEWORKS, f"class {node.name} belongs into koala_lab"
             if isinstance(node, ast.For | ast.While) and name not in USERS_LOOPS:
                 called = {
                     n.func.attr for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
                 }
-                assert "backward" not in called, "a training loop belongs into koala_lib"
+                assert "backward" not in called, "a training loop belongs into koala_lab"
     assert Counter(t for c in book.cells for t in tags(c) if t != "nbval-check-output") <= Counter(TAGS)
     assert {t for c in book.cells for t in tags(c)} <= TAGS
     assert "parameters" in tags(code[0])

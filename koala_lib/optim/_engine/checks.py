@@ -115,7 +115,7 @@ def options_among(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class CheckedOptimizer(torch.optim.Optimizer):
-    """Base of all of them: a param group is checked by :meth:`_check_group`, and refused without a trace."""
+    """Base of all of them: a param group is checked by :meth:`_check_group`; one that fails is not added."""
 
     whole_numbers: tuple[str, ...] = ()  # the options that are counts
     made_in_groups: tuple[str, ...] = ()  # what the optimizer keeps in its groups: never taken from a user's dictionary

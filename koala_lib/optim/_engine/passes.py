@@ -249,6 +249,15 @@ def _correct(
         average(averages, params, average_rates)
 
 
+class Block(NamedTuple):
+    """What a KOALA step knows of a block; where numbers stay tensors, vectors over the blocks of all tensors."""
+
+    squared_norm: Scalar  # |h_i|^2, h with weight decay
+    penalty: Scalar  # lambda / 2 |x_i|^2
+    lr: Scalar
+    part: Scalar  # 1 if it takes part, else 0
+
+
 class Observation(NamedTuple):
     """What a KOALA step observes, over all ranks."""
 
@@ -256,9 +265,7 @@ class Observation(NamedTuple):
     squared_loss: Scalar  # the mean of their squares
     norm: Scalar  # |g|, of all weights together or of the tensor where it is largest; not finite if any is not
     largest: Scalar  # max_i |h_i|^2
-    blocks: list[tuple[Scalar, Scalar, Scalar, Scalar]]
-    """|h_i|^2 (with weight decay), lambda / 2 |x_i|^2, lr and whether it takes part (1 or 0), for the block of each
-    tensor with a gradient; where numbers stay tensors, one entry with vectors over all these tensors."""
+    blocks: list[Block]  # of each tensor with a gradient; where numbers stay tensors, one entry with vectors
 
 
 class KoalaPasses(Passes):
@@ -328,10 +335,11 @@ class KoalaPasses(Passes):
         if isinstance(lr, Tensor) or any(bucket.group is not self.buckets[0].group for bucket in self.buckets):
             lr = scalars(torch.cat([raw.new_ones(len(bucket.params)) * bucket.group["lr"] for bucket in self.buckets]))
         squared = norms[1] if decays else norms
-        columns = scalars(squared), scalars(norms[2]) if decays else 0.0, lr, part
-        blocks = [columns]
-        if isinstance(columns[0], list):
-            blocks = list(zip(*(c if isinstance(c, list) else [c] * len(squared) for c in columns), strict=True))
+        block = Block(scalars(squared), scalars(norms[2]) if decays else 0.0, lr, part)
+        blocks = [block]
+        if isinstance(block.squared_norm, list):
+            columns = (c if isinstance(c, list) else [c] * len(squared) for c in block)
+            blocks = [Block(*numbers) for numbers in zip(*columns, strict=True)]
         norm, largest = scalars(torch.stack([norm, squared.max()]))
         return Observation(total / count, squares / count, norm**0.5, largest, blocks)
 

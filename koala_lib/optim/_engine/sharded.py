@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-PLAIN = (Tensor, nn.Parameter)  # known at once, since to miss an attribute takes longer
+PLAIN = (Tensor, nn.Parameter)  # asked for by type, which is faster than by an attribute that they lack
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -32,7 +32,7 @@ def local_gradients(params: Iterable[Any]) -> list[Tensor]:
     """Return ``p.grad`` where there is one: the part of it that belongs to the local part of p."""
     grads = [(p, p.grad) for p in params if p.grad is not None]
     return local(
-        # A gradient may lie otherwise than its weights, say as a sum over the ranks that nobody has made yet.
+        # A gradient may have other placements than its weights, such as sums over the ranks that are still to be made.
         g.redistribute(placements=p.placements) if is_sharded(p) and g.placements != p.placements else g
         for p, g in grads
     )

@@ -35,7 +35,7 @@ class ApolloVariant(Apollo):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what the closure returned."""
+        """Make one step; return what the closure returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -23,7 +23,7 @@ from koala_lab.baselines.svrg import Svrg
 from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
 
 Factory = Callable[..., Optimizer]
-LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss a sample
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss per sample
 
 
 def _strict(cls: type[Optimizer], params: Iterable[Tensor], options: dict[str, Any]) -> Optimizer:
@@ -134,7 +134,7 @@ def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options
 
 
 def lookahead(optimizer: Optimizer, *, k: int = 5, alpha: float = 0.5) -> Optimizer:
-    """Lookahead around an optimizer (Zhang et al., NeurIPS 2019, Algorithm 1).
+    """Wrap an optimizer into Lookahead (Zhang et al., NeurIPS 2019, Algorithm 1).
 
     Args:
         optimizer: the inner optimizer; KOALA's must be stepped with a closure.

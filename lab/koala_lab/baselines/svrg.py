@@ -66,7 +66,7 @@ class Svrg(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-        """One step on a minibatch.
+        """Make one step on a minibatch.
 
         Returns:
             The mean loss before the step as a 0-dim tensor, still on the device.

@@ -195,7 +195,7 @@ def steps(
 
 
 def arms(rows: Iterable[Row], network: str) -> dict[str, dict[int, float]]:
-    """``ratio`` of :func:`steps` for one network, by optimizer and repetition: the arms of a claim."""
+    """Return ``ratio`` of :func:`steps` for one network, by optimizer and repetition: the arms of a claim."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["network"] == network:

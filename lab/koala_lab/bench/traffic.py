@@ -84,7 +84,7 @@ def peak(job: Callable[[], object]) -> int:
 
 
 def with_gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Parameters as a list, each with a gradient of its memory layout. The values do not matter for the time."""
+    """Return parameters as a list, each with a gradient of its memory layout. The values do not matter for the time."""
     listed: list[Tensor] = list(params)
     for p in listed:
         p.grad = torch.full_like(p, 0.01)

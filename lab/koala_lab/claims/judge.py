@@ -76,12 +76,12 @@ class Verdict:
 
     @property
     def decided(self) -> bool:
-        """Whether the measurements say anything."""
+        """Say whether the measurements say anything."""
         return self.status in (REPRODUCED, MIXED, CONTRADICTED)
 
     @property
     def outcome(self) -> str:
-        """The status, of a mixed verdict with its share."""
+        """Return the status, of a mixed verdict with its share."""
         return f"{self.status} ({self.share})" if self.share else self.status
 
 

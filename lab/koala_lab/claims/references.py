@@ -67,7 +67,7 @@ def load() -> dict[str, Reference]:
 
 
 def linear_error(images: Array, labels: Array, test_images: Array, test_labels: Array) -> float:
-    """Test error in % of logistic regression on pixels.
+    """Return the test error in % of logistic regression on pixels.
 
     Args:
         images: ``(N, ...)`` from 0 to 1.

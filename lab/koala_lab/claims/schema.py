@@ -105,12 +105,12 @@ class Claim:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The rows that the claim compares."""
+        """Return the rows that the claim compares."""
         return self.among or (self.subject, *self.against)
 
     @property
     def scale_free(self) -> bool:
-        """Whether it is settled once, whatever the preset."""
+        """Say whether it is settled once, whatever the preset."""
         return ANY in self.judge
 
     def criterion(self, preset: str) -> Criterion | None:
@@ -119,7 +119,7 @@ class Claim:
 
     @property
     def paper(self) -> str:
-        """What the paper says, as a short text."""
+        """Return what the paper says, as a short text."""
         if self.expected is None or self.kind not in ("value", "rate", "bound", *RANKED):
             return "statement"
         number = f"{self.expected:.2f}" if self.unit == "%" else f"{self.expected:g}"

@@ -13,7 +13,7 @@ Numbers = Sequence[float] | np.ndarray[Any, Any]
 
 
 def interval(sample: Numbers, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student t interval ``(mean, low, high)`` of n >= 2 independent values.
+    """Return mean and Student t interval ``(mean, low, high)`` of n >= 2 independent values.
 
     >>> tuple(round(v, 3) for v in interval([1.0, 2.0, 3.0]))
     (2.0, -0.484, 4.484)
@@ -27,7 +27,7 @@ def interval(sample: Numbers, confidence: float = 0.95) -> tuple[float, float, f
 
 
 def mean_and_half_width(values: Numbers, confidence: float = 0.95) -> tuple[float, float]:
-    """Mean of the finite values and half the width of its interval, NaN for fewer than two of them."""
+    """Return the mean of the finite values and half the width of its interval, NaN for fewer than two of them."""
     finite = np.asarray(values, dtype=float)
     finite = finite[np.isfinite(finite)]
     if finite.size < 2:
@@ -37,6 +37,6 @@ def mean_and_half_width(values: Numbers, confidence: float = 0.95) -> tuple[floa
 
 
 def spreads(sample: Numbers) -> bool:
-    """Whether values differ by more than rounding; an interval of width 0 decides nothing."""
+    """Say whether values differ by more than rounding; an interval of width 0 decides nothing."""
     x = np.asarray(sample, dtype=float)
     return bool(np.ptp(x) > 1e-12 * max(1.0, float(np.abs(x).max())))

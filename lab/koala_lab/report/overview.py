@@ -48,7 +48,7 @@ def count_rows(readme: str) -> list[Row]:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """One bar per paper and preset, cut into what reproduced, what cannot be told, and what is contradicted."""
+    """Draw one bar per paper and preset, cut into what reproduced, what cannot be told, and what is contradicted."""
     plots.style()
     fig, ax = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.1))
     for y, row in enumerate(rows):

@@ -97,7 +97,7 @@ def compare(
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per reading: runs, lost runs, quartiles of the final loss of all runs."""
+    """Return one row per reading: runs, lost runs, quartiles of the final loss of all runs."""
     groups = rows.groupby("reading", sort=False)
     quartiles = {"best": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst": 1.0}
     columns = {name: groups["final_loss"].quantile(q) for name, q in quartiles.items()}

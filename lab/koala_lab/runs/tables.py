@@ -55,7 +55,7 @@ def _configs(grid: Grid, row: str) -> list[RunConfig]:
 
 
 def frame(grid: Grid, results: Iterable[RunResult], pilot: Grid | None = None) -> pd.DataFrame:
-    """Tidy table of the runs of a grid, rows in the grid's order, seeds within.
+    """Make a tidy table of the runs of a grid, rows in the grid's order, seeds within.
 
     Runs are matched by configuration, so that those on another copy of the data (tagged in ``data``) are found too;
     where there are both, the official copy's count. Results of no row are left out.
@@ -112,7 +112,7 @@ def _metrics(result: RunResult) -> dict[str, float]:
 
 
 def learning_curves(frame: pd.DataFrame, results: Iterable[RunResult]) -> pd.DataFrame:
-    """Tidy learning curves of the runs in a table.
+    """Make tidy learning curves of the runs in a table.
 
     Args:
         frame: Of :func:`frame`, or a part of one.

@@ -50,7 +50,7 @@ class RunResult:
 
     @property
     def final(self) -> dict[str, float]:
-        """The last epoch's metrics, the paper's choice; empty for a failed run, which has no result."""
+        """Return the last epoch's metrics, the paper's choice; empty for a failed run, which has no result."""
         return dict(self.epochs[-1]) if self.status == "done" else {}
 
     def to_json(self) -> dict[str, Any]:

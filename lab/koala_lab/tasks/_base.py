@@ -63,7 +63,7 @@ class Task(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no single loss")
 
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
-        """One training step; returns the detached losses, shape ``(len(losses),)``, without reading them back."""
+        """Make one training step; return the detached losses, shape ``(len(losses),)``, without reading them back."""
         optimizer = optimizers["network"]
         if self.config.optimizer in OWN_FORWARD:
             loss: Any = optimizer.step(*batch)
@@ -73,7 +73,7 @@ class Task(ABC):
 
     @property
     def second_order(self) -> bool:
-        """Whether the optimizer differentiates the gradients."""
+        """Say whether the optimizer differentiates the gradients."""
         return self.config.optimizer in SECOND_ORDER
 
     @abstractmethod

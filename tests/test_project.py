@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from koala_lab import paths
+from koala_lab import claims, paths, report
 from koala_lab.claims import BEGIN, END, replace_block
 from koala_lab.report import overview
 
@@ -166,6 +166,15 @@ def test_what_a_page_links_to_and_names_is_there(page: str) -> None:
     }
     for path in links | inline:
         assert any(f"/{name}".endswith("/" + path.rstrip("/")) for name in files_and_folders()), path
+
+
+def test_readme_and_scoreboard_show_the_committed_verdicts_on_the_claims_as_they_are() -> None:
+    verdicts = claims.read_verdicts(report.committed())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert replace_block(readme, claims.counts(verdicts)) == readme, "run `make figures`"
+    assert report.scoreboard_page(verdicts) == (ROOT / "SCOREBOARD.md").read_text(encoding="utf-8"), (
+        "run `make figures`"
+    )
 
 
 def test_the_picture_shows_the_count_rows_of_the_readme() -> None:

@@ -134,11 +134,16 @@ def _figures(folder: Path) -> str:
     return "\n".join(blocks) or "<p>No figure has been drawn yet.</p>"
 
 
+def scoreboard_page(verdicts: list[claims.Verdict]) -> str:
+    """Return SCOREBOARD.md."""
+    return f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}"
+
+
 def refresh_committed() -> list[Path]:
     """Write what the repository shows of the verdicts: README's count rows, SCOREBOARD.md, picture, verdicts."""
     verdicts = claims.saved()
     readme, board = paths.ROOT / "README.md", paths.ROOT / "SCOREBOARD.md"
     text = claims.replace_block(readme.read_text(encoding="utf-8"), claims.counts(verdicts))
     write_bytes(readme, text.encode())
-    write_bytes(board, f"# Scoreboard\n\n{_HOW}\n{claims.scoreboard(verdicts)}".encode())
+    write_bytes(board, scoreboard_page(verdicts).encode())
     return [readme, board, overview.save(), claims.write_verdicts(verdicts, committed())]

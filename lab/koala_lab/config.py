@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from koala_lab import data
-from koala_lab.baselines.registry import OPTIMIZERS, OWN_FORWARD
+from koala_lab.baselines.registry import OPTIMIZERS, OWN_FORWARD, OWN_WARM_UP
 from koala_lab.checks import check_known, check_number, check_whole
 from koala_lab.tasks import PRECISIONS, TASKS
 
@@ -106,7 +106,7 @@ class RunConfig:
             check_number("final_lr", self.final_lr)
             if self.milestones:
                 raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
-        if self.warmup_steps and self.optimizer.startswith("apollo"):
+        if self.warmup_steps and self.optimizer in OWN_WARM_UP:
             raise ValueError(f"optimizer={self.optimizer!r} warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:

@@ -598,7 +598,7 @@ def test_unknown_names_are_errors() -> None:
         judge("koala.table2.x", preset="quick")
     with pytest.raises(ValueError, match=r"no claim 'nopaper.x'"):
         judge("nopaper.x", preset="quick")
-    with pytest.raises(ValueError, match="unknown preset 'huge'; known are quick, desktop, paper"):
+    with pytest.raises(ValueError, match="preset 'huge' is unknown; known are quick, desktop, paper"):
         judge(claim(), preset="huge")
 
 

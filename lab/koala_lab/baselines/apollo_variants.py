@@ -26,10 +26,16 @@ class ApolloVariant(Apollo):
         params: as in :class:`koala_lib.Apollo`, and so are the options.
         lr: eta.
         equation: "element", "tensor" or "network". Per element with eps = 0 it is the secant equation (5) itself.
-        options: see there.
+        options: see there; no decoupled decay, no ``maximize`` and no ``fused``.
+
+    Raises:
+        ValueError: For one of these.
     """
 
     def __init__(self, params: Any, lr: float | Tensor = 0.01, *, equation: str = "tensor", **options: Any) -> None:
+        for name in ("decoupled_weight_decay", "maximize", "fused"):
+            if options.get(name):
+                raise ValueError(f"ApolloVariant has no {name}: it is written for comparing equations, not for speed")
         super().__init__(params, lr, **options)
         self.equation = equation
 

@@ -100,6 +100,9 @@ OPTIMIZERS: dict[str, Factory] = {
 # Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).
 SECOND_ORDER = frozenset({"adahessian"})
 
+# They warm up by themselves: a run's own warm-up would make two of them.
+OWN_WARM_UP = frozenset({"apollo", "apollo_variant"})
+
 # These run forward and backward themselves, since they need more than the gradient of a minibatch.
 OWN_FORWARD: dict[str, Factory] = {
     "meka": Meka,

@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 
 from koala_lab import paths
+from koala_lab.checks import check_known
 from koala_lab.claims.schema import ANY, TESTS, Claim, Criterion, read
 from koala_lab.claims.statistics import interval, spreads
 from koala_lab.parameters import PRESETS
@@ -160,8 +161,7 @@ def judge(
         counted: What the seeds of ``values`` or ``arms`` really are, such as ``rounds`` of a measurement.
     """
     claim = find(claim) if isinstance(claim, str) else claim
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; known are {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     criterion = claim.criterion(preset)
     if criterion is None:
         return Verdict(claim.id, preset, claim.paper, "–", 0, NOT_RUN, "the claim lists no test for this preset")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from koala_lab import paths
+from koala_lab.checks import check_known
 from koala_lab.files import read_yaml
 from koala_lab.parameters import PRESETS, Parameter, declared, resolve
 
@@ -89,8 +90,7 @@ def overrides(path: Path, preset: str) -> dict[str, Any]:
         ValueError: For an unknown preset, a preset the notebook does not have, or a file that is no mapping
             or names another preset.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is none of {', '.join(PRESETS)}")
+    check_known("preset", preset, PRESETS)
     if preset == "quick":
         return {}
     file = preset_file(name_of(path), preset)

@@ -159,7 +159,7 @@ def test_a_failing_notebook_is_kept_and_named(project: Project) -> None:
         (["-p", "lr=fast"], "parameter lr: expected float, got str 'fast'"),
         (["-p", "lr"], "-p lr: expected name=value"),
         (["--preset", "desktop"], "koala/20_tiny has no preset 'desktop'"),
-        (["--preset", "tiny"], "preset 'tiny' is none of"),
+        (["--preset", "tiny"], "preset 'tiny' is unknown"),
     ],
 )
 def test_koala_notebook_refuses_before_a_kernel_starts(

@@ -125,6 +125,7 @@ def start(name: str) -> Notebook:
     torch.manual_seed(seed)
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, which some packages import
     pd.set_option("display.width", 100, "display.max_rows", None, "display.max_columns", None, "display.precision", 3)
     plots.style()
     scale = scale_of(name, values)

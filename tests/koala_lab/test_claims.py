@@ -702,7 +702,7 @@ def test_scoreboard_prints_what_is_decided_and_counts_the_rest() -> None:
 def test_scoreboard_names_the_setting_and_marks_what_is_fragile(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = dataclasses.replace(some_verdicts()[0], setting="digits, resnet8, 5 epochs")
     assert "| digits, resnet8, 5 epochs |" in claims.scoreboard([verdict], ["koala"])
-    assert "†" not in claims.scoreboard([verdict], ["koala"])
+    assert "| reproduced † |" not in claims.scoreboard([verdict], ["koala"])
     shaky = dataclasses.replace(KOALA[verdict.claim_id], fragile="inconclusive under avx2")
     monkeypatch.setattr(sys.modules["koala_lab.claims.scoreboard"], "load", lambda _: {shaky.id: shaky})
     board = claims.scoreboard([verdict], ["koala"])

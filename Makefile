@@ -52,7 +52,7 @@ processors: setup ## the tests as processors with other instruction sets and num
 	tests/processors.sh
 
 faults: setup ## kill, fill, cut and corrupt for half an hour, and prove that nothing is lost
-	KOALA_RESULTS='$(CURDIR)/data/results' $(PY) -W ignore tests/faults.py --keep
+	KOALA_RESULTS='$(CURDIR)/data/results' $(PY) -P -W ignore tests/faults.py --keep  # -P: tests/koala_lib is not the library
 
 lab: setup ## open JupyterLab on the notebooks
 	JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill, fill, cut and corrupt what the pipeline works with, and prove that nothing is lost: `make faults`.
 
-    python tests/faults.py [--minutes 30] [--seed 0] [--only runs notebooks disks files locks filters]
+    python -P tests/faults.py [--minutes 30] [--seed 0] [--only runs notebooks disks files locks filters]
 
 Every attempt ends in one of three ways: as if nothing had happened (the same hash of the weights), with a warning that
 names the file, or with one sentence. Anything else is a failure and is listed. The last report is committed in

@@ -96,9 +96,9 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
-def set_aside(path: Path, reason: object, then: str) -> None:
+def set_aside(path: Path, reason: BaseException, then: str) -> None:
     """Rename a damaged file to ``<name>.damaged``, with a warning that says why, and what happens then."""
     kept = path.with_name(f"{path.name}.damaged")
     os.replace(path, kept)
-    text = " ".join(f"{type(reason).__name__}: {reason}".split()) if isinstance(reason, Exception) else str(reason)
+    text = " ".join(f"{type(reason).__name__}: {reason}".split())
     warnings.warn(f"{path} is damaged ({text[:150]}); it is kept as {kept.name}, and {then}", stacklevel=3)

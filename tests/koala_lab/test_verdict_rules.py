@@ -241,6 +241,14 @@ def test_candidates_of_a_pilot_are_compared_on_the_seeds_that_all_have(bar: Path
     assert "of at least 5 seeds" in verdict_of(wrong, ordering(rates={"a": "own", "b": "own"})).detail
 
 
+def test_candidates_of_one_rate_that_differ_otherwise_are_told_apart(bar: Path) -> None:
+    frame = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0})
+    twin = frame[(frame["row"] == "a") & (frame["lr"] == 0.1)].assign(candidate=3)  # the same rate, other options
+    better = twin.assign(test_error=twin["test_error"] - 1, validation_error=twin["validation_error"] - 1)
+    shown = claims.chosen(pd.concat([frame, better]))
+    assert shown.loc[shown["row"] == "a", "candidate"].unique().tolist() == [3]
+
+
 def test_a_shorter_pilot_chooses_and_the_long_run_is_judged(bar: Path) -> None:
     rates = {"a": "own", "b": "own"}
     tried = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0}).assign(epochs=1)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from koala_lib.optim._engine.checks import check_dense
 from koala_lib.optim._engine.compiled import CompiledPass, compiled_lists
 from koala_lib.optim._engine.lists import HALF, MIN_ROWS, row_norms, scalar_dtype, wide
 from koala_lib.optim._engine.sharded import (
+    PLAIN,
     local,
     local_gradients,
     mean_over_ranks,
@@ -24,7 +25,6 @@ from koala_lib.optim._engine.sharded import (
     times_shards,
 )
 
-PLAIN = {Tensor, nn.Parameter}  # not spread over ranks; to ask for the type is faster than to miss an attribute
 MIN_ALONE = 2**17  # elements from which a tensor is treated alone
 MAX_TOGETHER = 2**18  # elements of smaller tensors that are treated together
 ONE = torch.ones((), device="cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-PLAIN = (Tensor, nn.Parameter)  # asked for by type, which is faster than by an attribute that they lack
+PLAIN = {Tensor, nn.Parameter}  # asked for by type, which is faster than by an attribute that they lack
 
 
 def is_sharded(tensor: Tensor) -> bool:

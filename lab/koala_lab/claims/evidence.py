@@ -137,7 +137,7 @@ def _own(case: pd.DataFrame, row: str) -> Choice:
     full = _candidates(mine[mine["epochs"] == mine["epochs"].max()])
     if rates[best] not in full.values():
         return Choice(0, rates[best], f"{row} was not trained at the rate that its pilot chose, {rates[best]:g}")
-    return Choice(next(k for k in full if full[k] == rates[best]), rates[best], doubt)
+    return Choice(best if best in full else next(k for k in full if full[k] == rates[best]), rates[best], doubt)
 
 
 def _tried(mine: pd.DataFrame) -> pd.DataFrame:

@@ -73,7 +73,7 @@ def _gradients(t: _Tensors) -> list[Tensor]:
 def _rectified(curvatures: list[Tensor], sigma: Any) -> list[Tensor]:
     """Return D = max(|B|, sigma) (10)."""
     D = list(torch._foreach_abs(wide(curvatures)))
-    if torch.is_tensor(sigma):  # in compiled code, where another value must compile nothing
+    if isinstance(sigma, Tensor):  # from CompiledPass, so that another value compiles nothing
         return [t.clamp(min=sigma) for t in D]
     torch._foreach_clamp_min_(D, sigma)
     return D
@@ -157,7 +157,7 @@ def _descend(t: _Tensors, g: list[Tensor]) -> None:
 
 
 @CompiledPass
-def _observe(**tensors: Any) -> tuple[Tensor, Tensor]:
+def _secant_sums(**tensors: Any) -> tuple[Tensor, Tensor]:
     """Return the two sums of (8) for every tensor, (n,) each."""
     t = _Tensors(**tensors)
     z = list(torch._foreach_sub(_gradients(t), t.means))
@@ -281,7 +281,7 @@ class Apollo(CheckedOptimizer):
                 loss = closure()
         if any(group["decoupled_weight_decay"] for group in self.param_groups):  # which may begin later
             self._initialise()
-        passes = Passes(self, ("step", "mean", "curvature"), observed=True)
+        passes = Passes(self, ("step", "mean", "curvature"), with_gradient=True)
         if passes.ranks:
             self._step_on_shards(passes)
             return loss
@@ -289,7 +289,7 @@ class Apollo(CheckedOptimizer):
             t, eps = self._tensors(bucket)
             compiled = bucket.compiled and CompiledPass.compiler_works is not False
             if compiled:
-                excess, fourth_powers = _observe(**t._asdict())
+                excess, fourth_powers = _secant_sums(**t._asdict())
                 compiled = CompiledPass.compiler_works is not False  # the first call finds out; nothing has moved yet
             if compiled:
                 _apply(**t._asdict(), factors=_factors(excess, fourth_powers, t.mean_rates, eps))
@@ -303,7 +303,7 @@ class Apollo(CheckedOptimizer):
     def _step_on_shards(self, passes: Passes) -> None:
         """Join all sums in one collective before anything moves."""
         buckets = [(bucket.compiled, *self._tensors(bucket)) for bucket in passes.buckets]
-        sums = [(_observe if compiled else _observe.plain)(**t._asdict()) for compiled, t, _ in buckets]
+        sums = [(_secant_sums if compiled else _secant_sums.plain)(**t._asdict()) for compiled, t, _ in buckets]
         joined = torch.cat([torch.stack([excess.to(powers.dtype), powers]) for excess, powers in sums], 1)
         here = times_shards(joined, (p for bucket in passes.buckets for p in bucket.params))
         whole = mean_over_ranks(here, passes.ranks)

@@ -139,7 +139,7 @@ class _Koala(LossFilter):
         beta, q = options["noise_decay"], state.process_noise
         if self.has_velocity or adaptive:
             kept = ["velocity"] * self.has_velocity + ["average"] * adaptive
-            passes = KoalaPasses(self, kept, observed=False, process_group=self._process_group)
+            passes = KoalaPasses(self, kept, with_gradient=False, process_group=self._process_group)
             drift = passes.advance(
                 momentum=options["momentum"] if self.has_velocity else 0.0,
                 average_rate=0.0 if released else 1 - beta,  # (23); released row 2: after the update
@@ -161,7 +161,7 @@ class _Koala(LossFilter):
         released, beta = options["formulas"] == "released", options["noise_decay"]
         averages = released and options["process_noise"] is None
         kept = ["velocity"] * self.has_velocity + ["average"] * averages
-        passes = KoalaPasses(self, kept, observed=True, process_group=self._process_group)
+        passes = KoalaPasses(self, kept, with_gradient=True, process_group=self._process_group)
         missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if not passes.buckets:  # no gradient anywhere
             self._write(missing)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from koala_lab import data
-from koala_lab.baselines.registry import OPTIMIZERS, OWN_FORWARD, OWN_WARM_UP
+from koala_lab.baselines.registry import OPTIMIZERS
 from koala_lab.checks import check_known, check_number, check_whole
 from koala_lab.tasks import PRECISIONS, TASKS
 
@@ -35,7 +35,7 @@ class RunConfig:
         augment: random crop after padding by 4, and flips for natural images; of photographs a random area.
         model: a network of the task.
         model_args: its options, such as ``init``.
-        optimizer: a name of ``OPTIMIZERS`` or ``OWN_FORWARD`` in ``baselines.registry``.
+        optimizer: a name of ``OPTIMIZERS`` in ``baselines.registry``.
         optimizer_args: its arguments.
         wrapper: ``"lookahead"`` (see ``baselines.registry``), or ``"swa"``: the metrics are those of
             the mean of the weights at the end of epochs ``start``, ``start + every``, …, once there is one (Izmailov et
@@ -89,7 +89,7 @@ class RunConfig:
         check_known("task", self.task, TASKS)
         check_known("dataset", self.dataset, TASKS[self.task].datasets, of=f"task {self.task!r}")
         check_known("model", self.model, TASKS[self.task].networks, of=f"task {self.task!r}")
-        check_known("optimizer", self.optimizer, OPTIMIZERS | OWN_FORWARD)
+        check_known("optimizer", self.optimizer, OPTIMIZERS)
         check_known("wrapper", self.wrapper, WRAPPERS)
         check_known("precision", self.precision, PRECISIONS)
         check_whole("epochs", self.epochs, 1)
@@ -106,7 +106,7 @@ class RunConfig:
             check_number("final_lr", self.final_lr)
             if self.milestones:
                 raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
-        if self.warmup_steps and self.optimizer in OWN_WARM_UP:
+        if self.warmup_steps and OPTIMIZERS[self.optimizer].own_warm_up:
             raise ValueError(f"optimizer={self.optimizer!r} warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:

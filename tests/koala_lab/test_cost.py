@@ -67,7 +67,6 @@ def test_the_median_of_finished_runs_counts() -> None:
     seen = [finished(BASE.but(epochs=2, train_size=1000), seconds) for seconds in (20.0, 40.0, 30.0)]
     costs = Costs(seen)
     assert costs.seconds(BASE) == pytest.approx(30 / 2000 * 500_000)
-    assert costs.seconds(BASE, max) == pytest.approx(40 / 2000 * 500_000)
     costs.add(finished(BASE.but(epochs=2, train_size=1000), 500.0, status="failed"))  # ended early
     costs.add(finished(BASE, 1.0, provenance={"seconds": 1.0, "device": "cuda (y)"}))
     assert costs.seconds(BASE) == pytest.approx(30 / 2000 * 500_000)

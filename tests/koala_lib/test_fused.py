@@ -240,7 +240,7 @@ def test_long_tensors_are_compiled_by_eight_and_short_ones_treated_together() ->
     long = compiled.MIN_COMPILED
     sizes = [5, long, 7, 2 * long, 1, long - 1, 0] + [2 * long] * 8
     params = [torch.zeros(size, requires_grad=True) for size in sizes]
-    buckets = Passes(KoalaV(params, fused=True), [], observed=False).buckets
+    buckets = Passes(KoalaV(params, fused=True), [], with_gradient=False).buckets
     assert [([len(p) for p in bucket.params], bucket.compiled) for bucket in buckets] == [
         ([long] + [2 * long] * 7, True), ([2 * long] * 2, True), ([5, 7, 1, long - 1, 0], False),
     ]  # fmt: skip

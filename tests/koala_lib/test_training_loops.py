@@ -342,9 +342,9 @@ def test_groups_with_equal_options_are_stepped_together(make: Any) -> None:
     from koala_lib.optim._engine.passes import Passes
 
     optimizer._initialise()
-    assert len(Passes(optimizer, (), observed=True).buckets) == 1
+    assert len(Passes(optimizer, (), with_gradient=True).buckets) == 1
     optimizer.param_groups[20]["lr"] = 0.5
-    assert len(Passes(optimizer, (), observed=True).buckets) == 2
+    assert len(Passes(optimizer, (), with_gradient=True).buckets) == 2
 
 
 # ---- copies

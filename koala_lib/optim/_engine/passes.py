@@ -61,7 +61,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
     """Return h = g + lambda x, leaving ``p.grad`` alone."""
-    if torch.is_tensor(weight_decay):  # in compiled code, where another value must compile nothing
+    if isinstance(weight_decay, Tensor):  # from CompiledPass, so that another value compiles nothing
         return [torch.addcmul(g, x, weight_decay) for g, x in zip(grads, params, strict=True)]
     return list(torch._foreach_add(grads, params, alpha=weight_decay)) if weight_decay else grads
 
@@ -135,14 +135,14 @@ class Passes:
     Args:
         optimizer: its groups hold ``foreach`` and ``fused``, its ``_initialise()`` creates the state that is missing.
         kept: names of the state that the passes need.
-        observed: whether only parameters with a gradient take part.
+        with_gradient: whether only parameters with a gradient take part.
         process_group: whose ranks join their sums; without one, where parameters are DTensors, those of their meshes.
 
     Raises:
         RuntimeError: if a gradient is sparse.
     """
 
-    def __init__(self, optimizer: Any, kept: Sequence[str], *, observed: bool, process_group: Any = None) -> None:
+    def __init__(self, optimizer: Any, kept: Sequence[str], *, with_gradient: bool, process_group: Any = None) -> None:
         groups = optimizer.param_groups
         self.buckets: list[Bucket] = []
         self.filter = groups[0].get("filter")
@@ -159,7 +159,7 @@ class Passes:
             alike.setdefault(options, (group, []))[1].extend(p for p in group["params"] if p.requires_grad)
         for group, params in alike.values():
             lists: list[list[Tensor]] = []
-            if observed:
+            if with_gradient:
                 params = [p for p in params if p.grad is not None]
                 if any(p.grad is not None and p.grad.layout is not torch.strided for p in params):
                     check_dense(type(optimizer).__name__, params)
@@ -184,9 +184,9 @@ class Passes:
                 except KeyError:  # of a new parameter
                     optimizer._initialise()
                     state = {name: [of_p[name] for of_p in states] for name in kept}
-                shards, grads = together, [p.grad for p in together if p.grad is not None] if observed else []
+                shards, grads = together, [p.grad for p in together if p.grad is not None] if with_gradient else []
                 if self.sharded:
-                    shards, grads = local(together), local_gradients(together) if observed else []
+                    shards, grads = local(together), local_gradients(together) if with_gradient else []
                     state = {name: local(tensors) for name, tensors in state.items()}
                 self.buckets.append(Bucket(group, together, shards, grads, state, i < compiled))
 
@@ -207,7 +207,7 @@ def _advance(
     if averages:
         differences = list(torch._foreach_sub(params, averages))
         squared = squared_norms(differences)
-        if torch.is_tensor(average_rate):  # compiled
+        if isinstance(average_rate, Tensor):  # from CompiledPass, likewise
             add(averages, differences, average_rate.expand(len(averages)))
         elif average_rate is not None:
             torch._foreach_add_(averages, differences, alpha=average_rate)
@@ -218,7 +218,7 @@ def _advance(
 
 
 @CompiledPass
-def _observe(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
+def _norms(params: list[Tensor], grads: list[Tensor], weight_decay: float) -> Tensor:
     """Return the rows |g|^2, |h|^2 and |x|^2 of every tensor, (3, n)."""
     h = decayed(params, grads, weight_decay)
     return torch.stack([squared_norms(grads), squared_norms(h), squared_norms(params)])
@@ -312,7 +312,7 @@ class KoalaPasses(Passes):
         rows = []
         for bucket in self.buckets:
             if weight_decay := bucket.group["weight_decay"]:
-                norms = (_observe if bucket.compiled else _observe.plain)(
+                norms = (_norms if bucket.compiled else _norms.plain)(
                     params=bucket.shards, grads=bucket.grads, weight_decay=weight_decay
                 )
                 norms[2] *= weight_decay / 2

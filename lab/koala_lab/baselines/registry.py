@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -77,39 +78,43 @@ def _adamp(params: Iterable[Tensor], **options: Any) -> Optimizer:
     return _extra("AdamP")(params, **options)
 
 
-OPTIMIZERS: dict[str, Factory] = {
-    "koala_v": KoalaV,
-    "koala_m": KoalaM,
-    "apollo": Apollo,
-    "apollo_variant": ApolloVariant,
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adamax": torch.optim.Adamax,
-    "amsgrad": partial(torch.optim.Adam, amsgrad=True),
-    "yogi": _extra("Yogi"),
-    "adamp": _adamp,
-    "fromage": _extra("Fromage"),
-    "adabelief": _extra("AdaBelief"),
-    "adadelta": torch.optim.Adadelta,
-    "radam": torch.optim.RAdam,
-    "adahessian": _adahessian,
-    "sdlbfgs": SdLBFGS,
-}
+@dataclass(frozen=True)
+class Method:
+    """How an optimizer is made, and what those who train with it must know."""
 
-# Their step differentiates the gradients: backward() must keep the graph of the gradients (create_graph=True).
-SECOND_ORDER = frozenset({"adahessian"})
+    make: Factory
+    own_forward: bool = False  # runs forward and backward itself, since it needs more than a minibatch's gradient
+    own_warm_up: bool = False  # a run's own warm-up would make two of them
+    second_order: bool = False  # differentiates the gradients: backward() must keep their graph (create_graph=True)
 
-# They warm up by themselves: a run's own warm-up would make two of them.
-OWN_WARM_UP = frozenset({"apollo", "apollo_variant"})
+    def __call__(self, *args: Any, **options: Any) -> Optimizer:
+        """Return an optimizer of the parameters, or, with a forward pass of its own, of a module and its losses."""
+        return self.make(*args, **options)
 
-# These run forward and backward themselves, since they need more than the gradient of a minibatch.
-OWN_FORWARD: dict[str, Factory] = {
-    "meka": Meka,
-    "adameka": partial(Meka, direction="adam"),
-    "meka_previous_hessian": MekaPreviousHessian,
-    "meka_without_model_error": MekaWithoutModelError,
-    "svrg": Svrg,
+
+OPTIMIZERS: dict[str, Method] = {
+    "koala_v": Method(KoalaV),
+    "koala_m": Method(KoalaM),
+    "meka": Method(Meka, own_forward=True),
+    "adameka": Method(partial(Meka, direction="adam"), own_forward=True),
+    "meka_previous_hessian": Method(MekaPreviousHessian, own_forward=True),
+    "meka_without_model_error": Method(MekaWithoutModelError, own_forward=True),
+    "apollo": Method(Apollo, own_warm_up=True),
+    "apollo_variant": Method(ApolloVariant, own_warm_up=True),
+    "sgd": Method(torch.optim.SGD),
+    "adam": Method(torch.optim.Adam),
+    "adamw": Method(torch.optim.AdamW),
+    "adamax": Method(torch.optim.Adamax),
+    "amsgrad": Method(partial(torch.optim.Adam, amsgrad=True)),
+    "yogi": Method(_extra("Yogi")),
+    "adamp": Method(_adamp),
+    "fromage": Method(_extra("Fromage")),
+    "adabelief": Method(_extra("AdaBelief")),
+    "adadelta": Method(torch.optim.Adadelta),
+    "radam": Method(torch.optim.RAdam),
+    "adahessian": Method(_adahessian, second_order=True),
+    "sdlbfgs": Method(SdLBFGS),
+    "svrg": Method(Svrg, own_forward=True),
 }
 
 
@@ -117,7 +122,7 @@ def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options
     """Return the optimizer of a module.
 
     Args:
-        name: of :data:`OPTIMIZERS` or :data:`OWN_FORWARD`.
+        name: of :data:`OPTIMIZERS`.
         module: what it trains.
         loss_fn: losses of the samples, of what ``module`` returns and of targets; ``None`` where there is no such
             function.
@@ -126,14 +131,15 @@ def create(name: str, module: nn.Module, loss_fn: LossFunction | None, **options
     Raises:
         ValueError: for an optimizer that runs the forward pass, where there is no loss function.
     """
-    if name not in OWN_FORWARD:
-        return OPTIMIZERS[name](module.parameters(), **options)
+    method = OPTIMIZERS[name]
+    if not method.own_forward:
+        return method(module.parameters(), **options)
     if loss_fn is None:
         raise ValueError(
             f"optimizer={name!r} runs the forward pass itself and needs a loss of outputs and targets, which this task "
             "does not have; it has one with task='classification' and float32"
         )
-    return OWN_FORWARD[name](module, loss_fn, **options)
+    return method(module, loss_fn, **options)
 
 
 def lookahead(optimizer: Optimizer, *, k: int = 5, alpha: float = 0.5) -> Optimizer:

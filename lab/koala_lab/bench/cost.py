@@ -7,7 +7,7 @@ guessed for a kind of run of which none has finished.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -57,15 +57,10 @@ class Costs:
             rate = result.provenance["seconds"] / (size * result.config.epochs)
             self._runs.setdefault(kind(result.config), []).append(rate)
 
-    def seconds(self, config: RunConfig, choose: Callable[[list[float]], float] = median) -> float | None:
-        """Estimate a run from its first step to its last; ``None`` if nothing like it has finished.
-
-        Args:
-            config: The run.
-            choose: Takes one of the rates of finished runs of its kind.
-        """
+    def seconds(self, config: RunConfig) -> float | None:
+        """Estimate a run from its first step to its last; ``None`` if nothing like it has finished."""
         size, rates = samples(config), self._runs.get(kind(config))
-        return choose(rates) * size * config.epochs if rates and size else None
+        return median(rates) * size * config.epochs if rates and size else None
 
 
 def minutes(seconds: float | None, *, attempt: int = 1, start: int = 10, most: int = 24 * 60) -> int:

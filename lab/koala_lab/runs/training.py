@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import swa_utils
 
 from koala_lab import tasks
-from koala_lab.baselines.registry import OWN_FORWARD, create, lookahead
+from koala_lab.baselines.registry import OPTIMIZERS, create, lookahead
 from koala_lab.config import RunConfig
 from koala_lab.files import read_torch, set_aside, write_torch
 from koala_lab.runs.provenance import provenance
@@ -156,7 +156,7 @@ class TrainingRun:
             for name, part in self.task.parts.items()
         }
         if wrapper == "lookahead":
-            if config.optimizer in OWN_FORWARD:
+            if OPTIMIZERS[config.optimizer].own_forward:
                 raise ValueError(f"wrapper='lookahead' calls step(closure), which optimizer={config.optimizer!r} lacks")
             self.optimizers = {name: lookahead(inner, **options) for name, inner in self.optimizers.items()}
         self.average = _Average(self.task.network, config.epochs, **options) if wrapper == "swa" else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from koala_lab.baselines.registry import OWN_FORWARD, SECOND_ORDER
+from koala_lab.baselines.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from koala_lab.config import RunConfig
@@ -65,7 +65,7 @@ class Task(ABC):
     def step(self, batch: Any, optimizers: Mapping[str, Optimizer]) -> Tensor:
         """Make one training step; return the detached losses, shape ``(len(losses),)``, without reading them back."""
         optimizer = optimizers["network"]
-        if self.config.optimizer in OWN_FORWARD:
+        if OPTIMIZERS[self.config.optimizer].own_forward:
             loss: Any = optimizer.step(*batch)
             return loss.reshape(1)  # type: ignore[no-any-return]
         losses_of = partial(self.sample_losses, batch)
@@ -74,7 +74,7 @@ class Task(ABC):
     @property
     def second_order(self) -> bool:
         """Say whether the optimizer differentiates the gradients."""
-        return self.config.optimizer in SECOND_ORDER
+        return OPTIMIZERS[self.config.optimizer].second_order
 
     @abstractmethod
     def evaluate(self, network: nn.Module) -> dict[str, float]:

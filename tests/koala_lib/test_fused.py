@@ -108,12 +108,14 @@ def test_compiled_equals_foreach_in_float64(name: str) -> None:
 def test_compiled_is_near_foreach_in_lower_precision(name: str, dtype: torch.dtype, bound: float) -> None:
     fused, foreach = both(name, dtype)
     exact, _ = both(name)
+    far, usual = [], []  # from the truth, in units of each tensor
     for a, b, c in zip(fused, foreach, exact, strict=True):
         scale = float(c.abs().max()) + 1e-30
         assert float((a.double() - b.double()).abs().max()) <= bound * scale
-        # and it is as near to the truth as foreach is, but for chance
-        far, usual = (float((t.double() - c.double()).abs().max()) for t in (a, b))
-        assert far <= 3 * usual + 4 * torch.finfo(dtype).eps * scale
+        for errors, t in ((far, a), (usual, b)):
+            errors.append(float((t.double() - c.double()).abs().max()) / scale)
+    # And it is as near to the truth as foreach is; in a single tensor one of them can be lucky on some processor.
+    assert max(far) <= 3 * max(usual) + 4 * torch.finfo(dtype).eps
 
 
 @each

@@ -347,13 +347,13 @@ def _gradient(k: int, x: Tensor) -> Tensor:
     return features[k].T @ (features[k] @ x - labels[k]) / 4
 
 
-def _descend_along(mean: Callable[[int, Tensor, Tensor, Tensor], Tensor], factor: float) -> float:
-    """Compare with x <- x - 0.1 m, where m is made of k, x, the last x and the last m."""
+def _descend_along(mean: Callable[[int, float, Tensor, Tensor, Tensor], Tensor], factor: float) -> float:
+    """Compare with x <- x - 0.1 m, where m is made of the step, MEKA's gain there, x, the last x and the last m."""
     gains, ours = _meka(lr=0.1)
     x = last = ours[0]
     m, theirs = torch.zeros_like(x), [x]
     for k in range(STEPS):
-        m = mean(k, x, last, m)
+        m = mean(k, gains[k], x, last, m)
         last, x = x, x - factor * 0.1 * m
         theirs.append(x)
     return _deviation(ours, theirs)
@@ -366,12 +366,11 @@ def _descend_along(mean: Callable[[int, Tensor, Tensor, Tensor], Tensor], factor
     r"m_t = (1 - k_t)\,(m_{t-1} + B_t d_t) + k_t g_t",
 )
 def _sgd_hess(factor: float) -> float:
-    gains, _ = _meka(lr=0.1)
     features, _ = _data()
 
-    def mean(k: int, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
+    def mean(k: int, gain: float, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
         hessian = features[k].T @ features[k] / 4
-        return (1 - gains[k]) * (m + hessian @ (x - last)) + gains[k] * _gradient(k, x)
+        return (1 - gain) * (m + hessian @ (x - last)) + gain * _gradient(k, x)
 
     return _descend_along(mean, factor)
 
@@ -383,10 +382,8 @@ def _sgd_hess(factor: float) -> float:
     r"B_t d_t = g_t(x_t) - g_t(x_{t-1}) \\ m_t = g_t(x_t) + (1 - k_t)\,(m_{t-1} - g_t(x_{t-1}))",
 )
 def _storm(factor: float) -> float:
-    gains, _ = _meka(lr=0.1)
-
-    def mean(k: int, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
-        return _gradient(k, x) + (1 - gains[k]) * (m - _gradient(k, last))
+    def mean(k: int, gain: float, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
+        return _gradient(k, x) + (1 - gain) * (m - _gradient(k, last))
 
     return _descend_along(mean, factor)
 
@@ -398,10 +395,8 @@ def _storm(factor: float) -> float:
     r"c_t = g_t + \gamma \tfrac{\beta}{1 - \beta}\,(g_t(x_t) - g_t(x_{t-1})) \\ m_t = \beta m_{t-1} + (1 - \beta) c_t",
 )
 def _mars(factor: float) -> float:
-    gains, _ = _meka(lr=0.1)
-
-    def mean(k: int, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
-        g, beta = _gradient(k, x), 1 - gains[k]
+    def mean(k: int, gain: float, x: Tensor, last: Tensor, m: Tensor) -> Tensor:
+        g, beta = _gradient(k, x), 1 - gain
         return beta * m + (1 - beta) * g + beta * (g - _gradient(k, last))
 
     return _descend_along(mean, factor)

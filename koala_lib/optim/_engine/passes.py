@@ -190,6 +190,13 @@ class Passes:
                     state = {name: local(tensors) for name, tensors in state.items()}
                 self.buckets.append(Bucket(group, together, shards, grads, state, i < compiled))
 
+    def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
+        """Return means of losses over the ranks and norms of whole tensors, in one collective."""
+        norms = times_shards(norms, (p for bucket in self.buckets for p in bucket.params))
+        sums = torch.stack([t if isinstance(t, Tensor) else norms.new_full((), t) for t in losses])
+        joined = mean_over_ranks(torch.cat([sums, norms.flatten()]), self.ranks)
+        return scalars(joined[: len(sums)]), joined[len(sums) :].view_as(norms)
+
 
 # ---- KOALA's passes: lists of tensors of one device and dtype -------------------------------------------------------
 
@@ -342,13 +349,6 @@ class KoalaPasses(Passes):
             blocks = [Block(*numbers) for numbers in zip(*columns, strict=True)]
         norm, largest = scalars(torch.stack([norm, squared.max()]))
         return Observation(total / count, squares / count, norm**0.5, largest, blocks)
-
-    def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
-        """Return means of losses over the ranks and norms of whole tensors, in one collective."""
-        norms = times_shards(norms, (p for bucket in self.buckets for p in bucket.params))
-        sums = torch.stack([t if isinstance(t, Tensor) else norms.new_full((), t) for t in losses])
-        joined = mean_over_ranks(torch.cat([sums, norms.flatten()]), self.ranks)
-        return scalars(joined[: len(sums)]), joined[len(sums) :].view_as(norms)
 
     def correct(
         self,

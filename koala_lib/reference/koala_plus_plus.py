@@ -14,8 +14,8 @@ the product v_k = H_k P_{k-1}, a row as long as the weights. For every tensor by
     (5)  alpha_k v_{k-1} + w_k H_{k-1} = H_k P_{k-2}
     (6)  v_0 = sigma_0^2 H_0, with H_0 = H_1 and R_0 = R_1
 
-(3) is H_k times the posterior P_{k-1} = (I - K_{k-1} H_{k-1}) (P_{k-2} + Q I). What it needs of P_{k-2}, (5), is that of
-the matrix with the smallest Frobenius norm that fulfils H_{k-1} P_{k-2} = v_{k-1}:
+(3) is H_k times the posterior P_{k-1} = (I - K_{k-1} H_{k-1}) (P_{k-2} + Q I). What it needs of P_{k-2}, (5), is that
+of the matrix with the smallest Frobenius norm that fulfils H_{k-1} P_{k-2} = v_{k-1}:
 
     (5a) any matrix:             P = H^T v / |H|^2
     (5b) symmetric:              P = (H^T v + v^T H) / |H|^2 - (H v^T) H^T H / |H|^4
@@ -25,6 +25,7 @@ with H = H_{k-1}, v = v_{k-1}. (5a) and (5b) are the paper's "vanilla" and "symm
 basis that begins with H / |H|, P = [[a, b^T], [b, C]] has a and b given, is semidefinite only if C - b b^T / a is, and
 is smallest with C = b b^T / a. If H v^T >= 0, then P_{k-1} is semidefinite, too, and H_k v_k^T >= 0 in the next step.
 
+A tensor without a gradient waits, with its H and v; Q_{k-1} and R_{k-1} are those of the last step that was observed.
 (6) is the first step of the released code; it makes v_1 = R (sigma_0^2 + Q) / ((sigma_0^2 + Q) |H_1|^2 + R) H_1.
 
 ==========  ====================================================================================

@@ -23,20 +23,15 @@ def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.float() for t in tensors] if tensors and tensors[0].dtype in HALF else list(tensors)
 
 
-def dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """Return x^T y of each pair of tensors of two lists, (n,); float64 where the device has it.
+def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """Return x^T y of two vectors that lie in lists of tensors; 0-dim, float64 where the device has it.
 
-    A tensor is added up in float32 at least, in torch's cascade, which loses no more than the products' rounding did.
-    To add everything in float64 would first copy it.
+    A tensor is added up in float32 at least, in torch's cascade, which loses no more than the products' rounding did;
+    their sums in float64. To add everything in float64 would first copy it.
     """
     products = torch._foreach_mul(xs, ys)
     sums = [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in products]
-    return torch.stack(sums).to(scalar_dtype(sums[0].device))
-
-
-def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """Return x^T y of two vectors that lie in lists of tensors; 0-dim, float64 where the device has it."""
-    return dots(xs, ys).sum()
+    return torch.stack(sums).sum(dtype=scalar_dtype(sums[0].device))
 
 
 def memory_format(t: Tensor) -> torch.memory_format:

@@ -59,6 +59,14 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)).to(scalar_dtype(device)).square()
 
 
+def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """Return x^T y of each pair of tensors, (n,) in float64 on their device, accumulated in float32 or better."""
+    if xs[0].dtype in HALF:
+        xs, ys = wide(xs), wide(ys)
+    sums = torch.stack([t.sum() for t in torch._foreach_mul(xs, ys)])
+    return sums.to(torch.float64 if sums.is_cpu else scalar_dtype(sums.device))
+
+
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
     """Return h = g + lambda x, leaving ``p.grad`` alone."""
     if torch.is_tensor(weight_decay):  # in compiled code, where another value must compile nothing

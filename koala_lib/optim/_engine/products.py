@@ -9,19 +9,29 @@ import torch
 from torch import Tensor
 
 from koala_lib.optim._engine.compiled import CompiledPass
-from koala_lib.optim._engine.lists import HALF, dots, wide
-from koala_lib.optim._engine.passes import Passes, Scalar, Scalars, add, average, decayed, scalars, squared_norms
+from koala_lib.optim._engine.lists import HALF, wide
+from koala_lib.optim._engine.passes import (
+    Passes,
+    Scalar,
+    Scalars,
+    add,
+    average,
+    decayed,
+    inner_products,
+    scalars,
+    squared_norms,
+)
 
 
 @CompiledPass
 def _measure(
     params: list[Tensor], grads: list[Tensor], last: list[Tensor], products: list[Tensor], weight_decay: float
 ) -> Tensor:
-    """Return the rows |g|^2, |h|^2, |x|^2, h^T H, |H|^2, h^T v and H^T v of every tensor, (7, n)."""
-    h = wide(decayed(params, grads, weight_decay))
-    H, v = wide(last), wide(products)
-    squares = [squared_norms(vectors) for vectors in (grads, h, params)]
-    return torch.stack([*squares, dots(h, H), squared_norms(H), dots(h, v), dots(H, v)])
+    """Return the rows |g|^2, |h|^2, |x|^2, |H|^2, h^T H, h^T v and H^T v of every tensor, (7, n)."""
+    h = decayed(params, grads, weight_decay)
+    rows = [squared_norms(tensors) for tensors in (grads, h, params, last)]
+    rows += [inner_products(*pair) for pair in ((h, last), (h, products), (last, products))]
+    return torch.stack(rows)
 
 
 @CompiledPass
@@ -45,19 +55,21 @@ def _revise(
         # Zero times an infinite gradient is NaN, so a missing observation clears the gradient itself.
         zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
         h = [torch.where(observed, t, zero) for t in h]
-    v = wide(products)
+    v, H, g, half = products, last, h, products[0].dtype in HALF
+    if half:  # computed in float32, rounded once
+        v, H, g = wide(products), wide(last), wide(h)
     if isinstance(from_product, list):
         torch._foreach_mul_(v, from_product)
     else:
         for t, factor in zip(v, from_product, strict=True):
             t.mul_(factor)
-    add(v, wide(last), from_last)
-    add(v, wide(h), from_gradient)
+    add(v, H, from_last)
+    add(v, g, from_gradient)
     directions = [t.clone() for t in v]
-    add(directions, wide(h), noises)
+    add(directions, g, noises)
     add(params, directions, steps, sign=-1)
     average(last, h, taken)
-    if products[0].dtype in HALF:  # rounded once
+    if half:
         torch._foreach_copy_(products, v)
 
 
@@ -70,8 +82,8 @@ class Measured(NamedTuple):
     lr: Tensor
     penalty: Tensor  # lambda / 2 |x_i|^2
     HH: Tensor  # |H_k|^2, H_k with weight decay
-    HG: Tensor  # H_k H_{k-1}^T
     GG: Tensor  # |H_{k-1}|^2, 0 where there was none
+    HG: Tensor  # H_k H_{k-1}^T
     Hv: Tensor  # H_k v_{k-1}^T
     Gv: Tensor  # H_{k-1} v_{k-1}^T
 
@@ -100,9 +112,9 @@ class ProductPasses(Passes):
         if self.ranks:
             losses, values = self._joined(losses, values)
         total, squares, count = losses
-        raw, HH, penalty, HG, GG, Hv, Gv = values.unbind()
+        raw, HH, penalty, GG, HG, Hv, Gv = values.unbind()
         lr = torch.cat([raw.new_ones(len(bucket.params)) * bucket.group["lr"] for bucket in self.buckets])
-        return Measured(total / count, squares / count, scalars(raw.sum()) ** 0.5, lr, penalty, HH, HG, GG, Hv, Gv)
+        return Measured(total / count, squares / count, scalars(raw.sum()) ** 0.5, lr, penalty, HH, GG, HG, Hv, Gv)
 
     def revise(
         self,

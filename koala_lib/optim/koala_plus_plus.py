@@ -54,7 +54,7 @@ class KoalaPlusPlus(LossFilter):
             ``target_risk="relative"``, a negative loss climbs towards 0; ``negative_losses`` counts those steps.
         initial_variance: sigma_0^2, of P_0 = sigma_0^2 I.
         process_noise: Q, a fixed variance that every prediction adds to P.
-        symmetric: whether P_{k-2} is symmetric (the paper's better variant), or any matrix (its "vanilla").
+        symmetric: whether P_{k-2} is symmetric, or any matrix (the paper's "vanilla" variant).
         positive_semidefinite: whether it is even a covariance, v^T v / (H v^T): the paper's open question. Then no
             variance is ever negative. Not with ``symmetric=False``.
         measurement_noise: R, a fixed variance in squared units of the loss; ``None`` averages the squared losses, as

@@ -20,7 +20,7 @@ from koala_lab.baselines.apollo_variants import ApolloVariant
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.baselines.sdlbfgs import SdLBFGS
 from koala_lab.baselines.svrg import Svrg
-from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+from koala_lib.optim import Apollo, KoalaM, KoalaPlusPlus, KoalaV, Meka
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss per sample
@@ -80,6 +80,7 @@ def _adamp(params: Iterable[Tensor], **options: Any) -> Optimizer:
 OPTIMIZERS: dict[str, Factory] = {
     "koala_v": KoalaV,
     "koala_m": KoalaM,
+    "koala_plus_plus": KoalaPlusPlus,
     "apollo": Apollo,
     "apollo_variant": ApolloVariant,
     "sgd": torch.optim.SGD,

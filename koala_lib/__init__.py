@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+    from koala_lib.optim import Apollo, KoalaM, KoalaPlusPlus, KoalaV, Meka
 
-__all__ = ["Apollo", "KoalaM", "KoalaV", "Meka"]
+__all__ = ["Apollo", "KoalaM", "KoalaPlusPlus", "KoalaV", "Meka"]
 
 
 def __getattr__(name: str) -> Any:

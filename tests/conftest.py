@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from koala_lab import paths
-from koala_lib.optim import apollo, filter, koala
-from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim import apollo, filter, koala, koala_plus_plus
+from koala_lib.optim._engine import compiled, passes, products
 from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.sandbox import Project
 
@@ -68,7 +68,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompiledPass, "compiler_works", None)
     monkeypatch.setattr(compiled, "MIN_COMPILED", 12)
     monkeypatch.setattr(compiled, "MIN_COMPILED_LIST", 12)
-    for step in (each for module in (passes, apollo) for each in vars(module).values()):
+    for step in (each for module in (passes, products, apollo) for each in vars(module).values()):
         if isinstance(step, CompiledPass):
             monkeypatch.setattr(step, "_compiled", None)
 
@@ -76,7 +76,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kept_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scalars stay tensors, as on an accelerator, where reading them would wait for it."""
-    for module in (passes, koala, apollo, filter):
+    for module in (passes, products, koala, koala_plus_plus, apollo, filter):
         monkeypatch.setattr(module, "scalars", lambda values: values)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from koala_lib.optim._engine.checks import (
     CheckedOptimizer,
+    check_flag,
     check_lr,
     check_not_divided,
     check_number,
@@ -18,6 +22,7 @@ from koala_lib.optim._engine.checks import (
 )
 from koala_lib.optim._engine.lists import scalar_dtype
 from koala_lib.optim._engine.passes import Scalar, scalars
+from koala_lib.optim._engine.sharded import check_meshes, is_sharded
 
 Entries = dict[str, Tensor]  # a filter's scalars by name
 COUNTS = ("skipped_steps", "negative_losses")  # the scalars that are no part of the filter's state, and stand last
@@ -85,7 +90,9 @@ class ScalarFilter(CheckedOptimizer):
         saved = groups[0].get("filter") if groups else None
         if isinstance(saved, Tensor) and saved.numel() == len(self.filter_entries) - self.new_entries:
             saved = torch.cat([saved, saved.new_zeros(self.new_entries)])  # of version 0.1
-        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+        options = state.get("defaults") or self.defaults  # of an unpickled one, or of the one that loads
+        known = bool(groups) and all(name in groups[0] for name in options)
+        if not known or not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
             raise ValueError(
                 f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
                 "it was saved by another optimizer or by other options"
@@ -142,13 +149,31 @@ class LossFilter(ScalarFilter):
     new_entries = 1
     filter_type: Any  # the NamedTuple of the filter's scalars
     _pending: Pending
+    _process_group: Any  # no value in the class, which would hide the optimizer's from wrappers that inherit from it
+    _knows_ranks: bool  # whether somebody said, or was asked, what joins the ranks
 
     @property
     def negative_losses(self) -> int:
         """Return how many steps had a negative mean loss, which "relative" cannot go below. Waits for the device."""
         return int(self._filter()[self.filter_entries.index("negative_losses")].item())
 
-    def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float], process_group: Any
+    ) -> None:
+        for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
+            check_number(name, defaults[name])
+        check_number("noise_decay", defaults["noise_decay"], high=1.0)
+        if defaults["measurement_noise"] is not None:
+            check_number("measurement_noise", defaults["measurement_noise"], open_low=True)
+        check_flag("foreach", defaults["foreach"])
+        check_flag("fused", defaults["fused"])
+        if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup, None, or False for ranks that mean to be "
+                f"alone, got {process_group!r}"
+            )
+        self._process_group = process_group or None
+        self._knows_ranks = process_group is not None
         self._pending = Pending()
         super().__init__(params, defaults, filter_values)
 
@@ -181,6 +206,8 @@ class LossFilter(ScalarFilter):
             pending.losses = ()
         pending.earlier = len(pending.losses)
         if not self.param_groups[0]["predicted"]:
+            if not self._knows_ranks:
+                self._warn_of_ranks()
             self._predict()
             for group in self.param_groups:
                 group["predicted"] = True
@@ -332,7 +359,33 @@ class LossFilter(ScalarFilter):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_number("weight_decay", group["weight_decay"])
         super()._check_group(group)
+        if self._process_group is not None:
+            check_meshes(group["params"], self._process_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {"_process_group": None, "_knows_ranks": False} | self.__dict__  # nothing yet, if unpickled
         super().__setstate__(state)
         self._pending = Pending()
+
+    # -- ranks ---------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy everything but the process group, which copies share."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._process_group, new._knows_ranks = self._process_group, self._knows_ranks
+        return new
+
+    def _warn_of_ranks(self) -> None:
+        """Say once that nothing joins the filters of several ranks, where nothing does."""
+        self._knows_ranks = True
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__} runs on {dist.get_world_size()} ranks without a process_group: every rank "
+                "filters its own losses, so replicas drift apart; give process_group=torch.distributed.group.WORLD, "
+                "or process_group=False if the ranks train apart on purpose",
+                stacklevel=4,
+            )

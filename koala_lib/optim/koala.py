@@ -9,20 +9,16 @@ paper and released code in ``notebooks/koala/10_kalman_view_of_training.ipynb``,
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from koala_lib import kalman
-from koala_lib.optim._engine.checks import check_choice, check_flag, check_number, options_among
+from koala_lib.optim._engine.checks import check_choice, check_number, options_among
 from koala_lib.optim._engine.passes import KoalaPasses, Scalar, scalars
-from koala_lib.optim._engine.sharded import check_meshes, is_sharded
 from koala_lib.optim.filter import Losses, LossFilter
 
 __all__ = ["KoalaM", "KoalaV"]
@@ -54,22 +50,13 @@ class _Koala(LossFilter):
     """What KOALA-V and KOALA-M share: Algorithm 1 with gains per layer (25), noise estimates, skip rule."""
 
     has_velocity: bool
-    _process_group: Any  # no value in the class, which would hide the optimizer's from wrappers that inherit from it
-    _knows_ranks: bool  # whether somebody said, or was asked, what joins the ranks
 
     def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
-        for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
-            check_number(name, options[name])
-        check_number("noise_decay", options["noise_decay"], high=1.0)
         if options["process_noise"] is not None:
             check_number("process_noise", options["process_noise"])
-        if options["measurement_noise"] is not None:
-            check_number("measurement_noise", options["measurement_noise"], open_low=True)
         check_choice("target_risk", options["target_risk"], ("relative", "absolute"))
         check_choice("blocks", options["blocks"], ("tensor", "global"))
         check_choice("formulas", options["formulas"], ("paper", "released"))
-        check_flag("foreach", options["foreach"])
-        check_flag("fused", options["fused"])
         q, R = options["process_noise"], options["measurement_noise"]
         adaptive_q = 0.01 if options["formulas"] == "released" else 0.0  # released row 1 starts its average at 0.01
         initial = {
@@ -81,44 +68,7 @@ class _Koala(LossFilter):
             "skipped_steps": 0.0,
             "negative_losses": 0.0,
         }
-        if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                "process_group must be a torch.distributed.ProcessGroup, None, or False for ranks that mean to be "
-                f"alone, got {process_group!r}"
-            )
-        self._process_group = process_group or None
-        self._knows_ranks = process_group is not None
-        super().__init__(params, options, initial)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        if self._process_group is not None:
-            check_meshes(group["params"], self._process_group)
-
-    def _warn_of_ranks(self) -> None:
-        """Say once that nothing joins the filters of several ranks, where nothing does."""
-        self._knows_ranks = True
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        if not any(is_sharded(p) for group in self.param_groups for p in group["params"]):
-            warnings.warn(
-                f"{type(self).__name__} runs on {dist.get_world_size()} ranks without a process_group: every rank "
-                "filters its own losses, so replicas drift apart; give process_group=torch.distributed.group.WORLD, "
-                "or process_group=False if the ranks train apart on purpose",
-                stacklevel=5,
-            )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {"_process_group": None, "_knows_ranks": False} | self.__dict__  # nothing yet, if unpickled
-        super().__setstate__(state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy everything but the process group, which copies share."""
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        new._process_group, new._knows_ranks = self._process_group, self._knows_ranks
-        return new
+        super().__init__(params, options, initial, process_group)
 
     def _initialise(self) -> None:
         options = self.param_groups[0]
@@ -132,8 +82,6 @@ class _Koala(LossFilter):
     # -- Table 1, time update --------------------------------------------------------------------------------------
 
     def _predict(self) -> None:
-        if not self._knows_ranks:
-            self._warn_of_ranks()
         options, state = self.param_groups[0], self.filter_type(*scalars(self._filter()))
         adaptive, released = options["process_noise"] is None, options["formulas"] == "released"
         beta, q = options["noise_decay"], state.process_noise

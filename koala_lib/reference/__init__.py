@@ -2,6 +2,7 @@
 
 from koala_lib.reference.apollo import ReferenceApollo
 from koala_lib.reference.koala import ReferenceKoalaM, ReferenceKoalaV
+from koala_lib.reference.koala_plus_plus import ReferenceKoalaPlusPlus
 from koala_lib.reference.meka import ReferenceMeka
 
-__all__ = ["ReferenceApollo", "ReferenceKoalaM", "ReferenceKoalaV", "ReferenceMeka"]
+__all__ = ["ReferenceApollo", "ReferenceKoalaM", "ReferenceKoalaPlusPlus", "ReferenceKoalaV", "ReferenceMeka"]

@@ -33,6 +33,7 @@ _SAFE = list(sns.color_palette("colorblind").as_hex())
 PALETTE: dict[str, str] = {
     "koala_m": _SAFE[0],
     "koala_v": _SAFE[9],
+    "koala_plus_plus": _SAFE[4],
     "meka": _SAFE[2],
     "apollo": _SAFE[3],
     "apollow": "#e7298a",
@@ -48,6 +49,7 @@ PALETTE: dict[str, str] = {
 LABELS = {
     "koala_m": "KOALA-M",
     "koala_v": "KOALA-V",
+    "koala_plus_plus": "KOALA++",
     "meka": "MEKA",
     "apollo": "APOLLO",
     "apollo_b0": "APOLLO, B = 0",

@@ -25,7 +25,7 @@ from koala_lib import reference
 NOTEBOOKS = nb.all_notebooks()
 PRESETS = sorted(paths.presets().rglob("*.yaml"))
 TAGS = {"parameters", "grid", "nbval-check-output"}
-CLAIM_ID = re.compile(r"(?<![\w./])(?:koala|meka|apollo)\.[a-z0-9_]+\.[a-z0-9_.]*[a-z0-9_](?![\w{*.])")
+CLAIM_ID = re.compile(r"(?<![\w./])(?:koala|koala_plus_plus|meka|apollo)\.[a-z0-9_]+\.[a-z0-9_.]*[a-z0-9_](?![\w{*.])")
 
 TEMPLATE = paths.notebooks() / "_template.ipynb"
 FOUND = "## What was found"

@@ -22,14 +22,14 @@ from torch import distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from koala_lib import Apollo, KoalaM, KoalaV, Meka
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV, Meka
 from tests.support.cases import Net, weights
 
 MICRO, EPOCHS, CLIP = 2, 4, 0.5  # two micro-batches make a step; the checkpoint is written after half of the epochs
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks, about loggers and workers that nobody wants
-each = pytest.mark.parametrize("make", [KoalaV, KoalaM])
+each = pytest.mark.parametrize("make", [KoalaV, KoalaM, KoalaPlusPlus])
 
 
 @pytest.fixture(autouse=True)

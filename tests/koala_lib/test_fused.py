@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
 from koala_lib.optim._engine import compiled, passes
 from koala_lib.optim._engine.compiled import CompiledPass
 from koala_lib.optim._engine.lists import flat, memory_format
@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "KOALA-V": lambda p, **o: KoalaV(p, weight_decay=0.01, **o),
     "KOALA-M": lambda p, **o: KoalaM(p, weight_decay=0.01, **o),
     "KOALA-M, released": lambda p, **o: KoalaM(p, weight_decay=0.01, formulas="released", **o),
+    "KOALA++": lambda p, **o: KoalaPlusPlus(p, weight_decay=0.01, **o),
     "APOLLO": lambda p, **o: Apollo(p, 0.05, sigma=0.1, warmup_steps=4, weight_decay=0.01, **o),
     "APOLLO, decoupled": lambda p, **o: Apollo(
         p, 0.05, sigma=0.1, warmup_steps=4, weight_decay=0.01, decoupled_weight_decay=True, **o
@@ -294,7 +295,7 @@ def test_the_usual_length_is_compiled(name: str, fresh_compiler: None, monkeypat
 
 
 @pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize("name", ["KOALA-M", "APOLLO"])
+@pytest.mark.parametrize("name", ["KOALA-M", "KOALA++", "APOLLO"])
 @pytest.mark.usefixtures("traced_passes")
 def test_a_training_step_that_is_compiled_as_a_whole_is_the_plain_one(name: str, fused: bool | None) -> None:
     inputs = torch.randn(3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

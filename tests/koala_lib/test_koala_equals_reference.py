@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from koala_lib import KoalaM, KoalaV
+from koala_lib import KoalaM, KoalaPlusPlus, KoalaV
 from koala_lib.reference.koala import ReferenceKoalaM, ReferenceKoalaV
+from koala_lib.reference.koala_plus_plus import ReferenceKoalaPlusPlus
 
 STEPS = 60
 SHAPES = [(3, 4), (4,), (), (0, 3), (2,)]
-TWINS = {KoalaV: ReferenceKoalaV, KoalaM: ReferenceKoalaM}
+TWINS = {KoalaV: ReferenceKoalaV, KoalaM: ReferenceKoalaM, KoalaPlusPlus: ReferenceKoalaPlusPlus}
 FORMS = ["closure", "two-call", "observe"]
 Gradients = list[Tensor | None]
 
@@ -99,6 +100,8 @@ def advance(optimizer: Any, params: list[Tensor], k: int, form: str, scalar: boo
 
 def symbols(twin: Any) -> dict[str, float]:
     """`filter_state()` of a twin."""
+    if isinstance(twin, ReferenceKoalaPlusPlus):
+        return {"process_noise": twin.Q, "measurement_noise": twin.R, "drift_variance": twin.drift}
     noise = {"process_noise": twin.q_x, "measurement_noise": twin.R}
     if isinstance(twin, ReferenceKoalaV):
         return {"variance": twin.P, **noise}
@@ -133,6 +136,12 @@ def assert_equal_runs(
             torch.testing.assert_close(
                 p.detach(), expected, rtol=1e-10, atol=1e-13, msg=lambda m, where=where: where + m
             )
+        if isinstance(slow, ReferenceKoalaPlusPlus):
+            for p, H, v in zip(fast_params, slow.H, slow.v, strict=True):
+                if H is not None:
+                    kept = fast.state[p]
+                    torch.testing.assert_close(kept["gradient"], H, rtol=1e-9, atol=1e-12)
+                    torch.testing.assert_close(kept["product"], v, rtol=1e-9, atol=1e-12)
         state = fast.filter_state()
         assert all(type(value) is float for value in state.values())
         # abs: the first process noise is 0, in the literal formula of the twin up to rounding.
@@ -158,12 +167,18 @@ ALL_CHOICES = grid(
     measurement_noise=[None, 0.8],
     weight_decay=[0.0, 0.05],
 )
+CLOSURES = [{"symmetric": False}, {"symmetric": True}, {"positive_semidefinite": True}]
+PLUS_PLUS_CHOICES = [
+    closure | rest
+    for closure in CLOSURES
+    for rest in grid(process_noise=[0.1, 0.02], measurement_noise=[None, 0.8], weight_decay=[0.0, 0.05])
+]
 RUNS = [
     (cls, options)
     for cls in (KoalaV, KoalaM)
     for options in ALL_CHOICES
     if not (cls is KoalaV and options["formulas"] == "released" and options["process_noise"] is None)
-]
+] + [(KoalaPlusPlus, options) for options in PLUS_PLUS_CHOICES]
 
 
 def name(value: Any) -> str | None:
@@ -185,7 +200,9 @@ def test_every_combination_with_fused(cls: type, weight_decay: float, traced_pas
     for _, options in (r for r in RUNS if r[0] is cls and r[1]["weight_decay"] == weight_decay):
         assert_equal_runs(cls, options, fused=True)
     # Three passes, each for short and long tensors; averages or not, and when they move; a group's weight decay.
-    least = 2 if cls is KoalaM or weight_decay else 1  # without decay KOALA-V's update is foreach's: nothing to fuse
+    least = (
+        1 if cls is KoalaV and not weight_decay else 2
+    )  # without decay KOALA-V's update is foreach's: nothing to fuse
     assert least <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 24
 
 
@@ -207,10 +224,13 @@ def test_fused_with_scalars_kept_on_the_device(cls: type, kept_on_device: None, 
 @pytest.mark.parametrize("scalar", [False, True], ids=["per-sample", "scalar"])
 @pytest.mark.parametrize("foreach", [False, True, None])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("formulas", ["paper", "released"])
-@pytest.mark.parametrize("cls", [KoalaV, KoalaM], ids=name)
-def test_every_form_and_path(cls: type, formulas: str, form: str, foreach: bool | None, scalar: bool) -> None:
-    assert_equal_runs(cls, {"formulas": formulas, "weight_decay": 0.01}, form=form, foreach=foreach, scalar=scalar)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(cls, {"formulas": f}) for cls in (KoalaV, KoalaM) for f in ("paper", "released")] + [(KoalaPlusPlus, {})],
+    ids=name,
+)
+def test_every_form_and_path(cls: type, options: Any, form: str, foreach: bool | None, scalar: bool) -> None:
+    assert_equal_runs(cls, {**options, "weight_decay": 0.01}, form=form, foreach=foreach, scalar=scalar)
 
 
 NUMBERS = [
@@ -229,16 +249,24 @@ NUMBERS_M = [
     {"initial_covariance": -0.05, "initial_velocity_variance": 0.3},
     {"initial_velocity_variance": 0.0, "velocity_noise": 0.0, "process_noise": 0.1},
 ]
+NUMBERS_PLUS_PLUS = [closure | o for closure in CLOSURES for o in NUMBERS if "blocks" not in o] + [
+    {"initial_variance": 0.0},
+    {"process_noise": 0.0},
+    {"process_noise": 0.0, "initial_variance": 0.0},
+]
+RUNS_OF_NUMBERS = [
+    (cls, {"formulas": formulas, **o})
+    for cls, numbers in ((KoalaV, NUMBERS), (KoalaM, NUMBERS_M))
+    for o in numbers
+    for formulas in ("paper", "released")
+] + [(KoalaPlusPlus, o) for o in NUMBERS_PLUS_PLUS]
 
 
 @pytest.mark.parametrize("groups", [two_groups, lambda tensors: [{"params": tensors}]], ids=["two", "one"])
-@pytest.mark.parametrize("formulas", ["paper", "released"])
-@pytest.mark.parametrize(
-    ("cls", "options"), [*((KoalaV, o) for o in NUMBERS), *((KoalaM, o) for o in NUMBERS_M)], ids=name
-)
-def test_numbers(cls: type, options: dict[str, Any], formulas: str, groups: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("cls", "options"), RUNS_OF_NUMBERS, ids=name)
+def test_numbers(cls: type, options: dict[str, Any], groups: Callable[..., Any]) -> None:
     for foreach in (False, True):
-        assert_equal_runs(cls, {"formulas": formulas, **options}, foreach=foreach, groups=groups)
+        assert_equal_runs(cls, options, foreach=foreach, groups=groups)
 
 
 # --- no argument is deaf ----------------------------------------------------------------------------------
@@ -263,9 +291,16 @@ CHANGES_M = {
     "initial_covariance": 0.05,
     "velocity_noise": 0.02,
 }
+CHANGES_PLUS_PLUS = {
+    key: value for key, value in CHANGES.items() if key not in ("target_risk", "blocks", "formulas")
+} | {
+    "symmetric": False,
+    "positive_semidefinite": True,
+}
 # These choose where and how the same numbers are computed.
 PLACES = {"params", "process_group", "foreach", "fused"}
-ARGUMENTS = [*((KoalaV, key, CHANGES[key]) for key in CHANGES), *((KoalaM, k, CHANGES_M[k]) for k in CHANGES_M)]
+ALL_CHANGES = [(KoalaV, CHANGES), (KoalaM, CHANGES_M), (KoalaPlusPlus, CHANGES_PLUS_PLUS)]
+ARGUMENTS = [(cls, key, value) for cls, changes in ALL_CHANGES for key, value in changes.items()]
 
 
 @pytest.mark.parametrize(("cls", "key", "value"), ARGUMENTS, ids=name)
@@ -282,6 +317,6 @@ def test_every_argument_changes_the_weights(cls: type, key: str, value: Any) -> 
     assert torch.equal(weights(), weights())
 
 
-@pytest.mark.parametrize(("cls", "changes"), [(KoalaV, CHANGES), (KoalaM, CHANGES_M)], ids=name)
+@pytest.mark.parametrize(("cls", "changes"), ALL_CHANGES, ids=name)
 def test_the_list_of_arguments_is_complete(cls: type, changes: dict[str, Any]) -> None:
     assert set(inspect.signature(cls).parameters) == set(changes) | PLACES

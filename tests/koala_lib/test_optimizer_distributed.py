@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from koala_lab import paths
 from koala_lib import KoalaM, KoalaV, Meka
 from koala_lib.optim import apollo
-from koala_lib.optim._engine import compiled, passes
+from koala_lib.optim._engine import compiled, passes, products
 from koala_lib.optim._engine.compiled import CompiledPass
 from tests.support.cases import CASES, Case, Net, each_case, evaluate, losses_of, weights
 
@@ -34,7 +34,7 @@ SHARES = {  # of the batch, by rank: of different sizes
 }
 WAYS = {2: ["ddp", "fsdp", "fsdp, group"], 4: ["ddp", "fsdp", "hsdp", "hsdp, group"]}
 SPREAD = [case for case in CASES if "foreach" not in case.kwargs]
-FUSED = ["V-released", "M", "Apollo"]
+FUSED = ["V-released", "M", "++", "Apollo"]
 each_way = pytest.mark.parametrize(("world", "way"), [(n, way) for n, ways in WAYS.items() for way in ways])
 each_spread = pytest.mark.parametrize("case", SPREAD, ids=str)
 
@@ -196,7 +196,7 @@ def fused(case: Case) -> dict[str, Any]:
 
     def forget(tensor: int, together: int) -> None:
         compiled.MIN_COMPILED, compiled.MIN_COMPILED_LIST = tensor, together
-        for step in (each for module in (passes, apollo) for each in vars(module).values()):
+        for step in (each for module in (passes, products, apollo) for each in vars(module).values()):
             if isinstance(step, CompiledPass):
                 step._compiled = None
 

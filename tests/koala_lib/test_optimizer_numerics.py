@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import koala_lib
-from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
 from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
@@ -190,7 +190,7 @@ def test_a_step_needs_no_values(case: Case) -> None:
             float(params[1].detach())
 
 
-@pytest.mark.parametrize("cls", [KoalaV, KoalaM, Apollo])
+@pytest.mark.parametrize("cls", [KoalaV, KoalaM, KoalaPlusPlus, Apollo])
 def test_a_step_can_be_read(cls: Any) -> None:
     """The default step on one tensor passes through few functions in few files."""
     p = nn.Parameter(torch.ones(1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koala_lib import KoalaM, KoalaV
+from koala_lib import KoalaM, KoalaPlusPlus, KoalaV
 from tests.support.cases import (
     Case,
     Net,
@@ -22,6 +22,7 @@ from tests.support.cases import (
     weights,
 )
 
+FILTERS_OF_THE_LOSS = [KoalaV, KoalaM, KoalaPlusPlus]
 NAN, INF = math.nan, math.inf
 
 # --- constructor ------------------------------------------------------------------------------------------
@@ -49,7 +50,8 @@ WRONG_TYPE: dict[str, list[Any]] = {
     name: [*NUMBER_WANTED, None] for name in OUT_OF_RANGE if name not in ("target_risk", "blocks", "formulas")
 } | {
     "lr": [*NUMBER_WANTED[:-1], None],  # a tensor is fine
-    "process_noise": NUMBER_WANTED,  # None is the estimate
+    "symmetric": [None, 1, "yes"],
+    "positive_semidefinite": [None, 1, "yes"],
     "measurement_noise": NUMBER_WANTED,
     "foreach": [1, "yes", 0.0],
     "fused": [1, "yes", 0.0],
@@ -60,8 +62,9 @@ WRONG = [
     for table, error in ((OUT_OF_RANGE, ValueError), (WRONG_TYPE, TypeError))
     for name, values in table.items()
     for value in values
-    for cls in (KoalaV, KoalaM)
+    for cls in FILTERS_OF_THE_LOSS
     if name in inspect.signature(cls).parameters
+    if not (name == "process_noise" and value is None and cls is not KoalaPlusPlus)  # there it is the estimate
 ]
 
 
@@ -71,12 +74,12 @@ def test_bad_arguments_are_named(cls: type, name: str, value: Any, error: type[E
         cls([nn.Parameter(torch.ones(2))], **{name: value})
 
 
-@pytest.mark.parametrize("cls", [KoalaV, KoalaM])
+@pytest.mark.parametrize("cls", FILTERS_OF_THE_LOSS)
 def test_every_argument_is_checked(cls: type) -> None:
     assert set(inspect.signature(cls).parameters) == {"params"} | {name for c, name, *_ in WRONG if c is cls}
 
 
-@pytest.mark.parametrize("cls", [KoalaV, KoalaM])
+@pytest.mark.parametrize("cls", FILTERS_OF_THE_LOSS)
 @pytest.mark.parametrize("name", ["learning_rate", "betas", "eps", "maximize", "sigma", "q", "r", "kappa"])
 def test_no_keyword_is_swallowed(cls: type, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
@@ -84,7 +87,7 @@ def test_no_keyword_is_swallowed(cls: type, name: str) -> None:
 
 
 def test_options_follow_lr_by_keyword_only() -> None:
-    for cls in (KoalaV, KoalaM):
+    for cls in FILTERS_OF_THE_LOSS:
         with pytest.raises(TypeError, match="positional"):
             cls([nn.Parameter(torch.ones(2))], 1.0, 0.1)
 
@@ -94,11 +97,16 @@ def test_the_released_koala_v_has_a_fixed_process_noise() -> None:
         KoalaV([nn.Parameter(torch.ones(2))], formulas="released", process_noise=None)
 
 
+def test_a_covariance_is_symmetric() -> None:
+    with pytest.raises(ValueError, match="positive_semidefinite=True is impossible with symmetric=False"):
+        KoalaPlusPlus([nn.Parameter(torch.ones(2))], symmetric=False, positive_semidefinite=True)
+
+
 @each_filter
 def test_limits_of_the_ranges(case: Case) -> None:
     optimizer = case(Net().parameters(), lr=0, noise_decay=0, weight_decay=0, min_grad_norm=0, initial_variance=0)
     assert optimizer.param_groups[0]["lr"] == 0
-    assert optimizer.filter_state()["variance"] == 0
+    assert optimizer.filter_state().get("variance", 0) == 0
 
 
 # --- step protocol ----------------------------------------------------------------------------------------
@@ -229,8 +237,12 @@ def test_what_a_step_returns(case: Case) -> None:
 def test_filter_state(case: Case) -> None:
     _, optimizer = trained(case, 3)
     state = optimizer.filter_state()
+    noises = ("process_noise", "measurement_noise")
     momentum = ("covariance", "velocity_variance") if case.factory is KoalaM else ()
-    assert tuple(state) == ("variance", *momentum, "process_noise", "measurement_noise")
+    if case.factory is KoalaPlusPlus:
+        assert tuple(state) == (*noises, "drift_variance")
+    else:
+        assert tuple(state) == ("variance", *momentum, *noises)
     assert all(type(value) is float for value in state.values())
     assert optimizer.skipped_steps == 0
     assert type(optimizer.skipped_steps) is int
@@ -247,7 +259,8 @@ def test_nothing_uncertain_nothing_learned(case: Case) -> None:
         x.grad = torch.zeros(2)
         optimizer.step(loss=torch.zeros(4))
         assert all(math.isfinite(value) for value in optimizer.filter_state().values())
-        assert optimizer.skipped_steps == (k + 1 if fixed else 0)
+        nothing = fixed or case.factory is KoalaPlusPlus  # to which a gradient of zeros is no observation of a tensor
+        assert optimizer.skipped_steps == (k + 1 if nothing else 0)
     assert torch.equal(x, torch.ones(2))
     optimizer.predict()
     x.grad = torch.ones(2)

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
 from tests.support.cases import Case, Net, advance, each_case, each_filter, evaluate, kept, losses_of, snapshot, weights
 
 # ---- groups and what comes in a user's dictionary
@@ -333,7 +333,7 @@ def test_negative_mean_losses_are_counted(case: Case) -> None:
 # ---- many groups
 
 
-@pytest.mark.parametrize("make", [KoalaV, KoalaM, Apollo])
+@pytest.mark.parametrize("make", [KoalaV, KoalaM, KoalaPlusPlus, Apollo])
 def test_groups_with_equal_options_are_stepped_together(make: Any) -> None:
     params = [nn.Parameter(torch.ones(2)) for _ in range(40)]
     optimizer = make([{"params": [p]} for p in params])
@@ -375,7 +375,7 @@ def test_a_wrapper_that_borrows_the_methods_has_the_process_group(monkeypatch: p
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("make", [KoalaV, KoalaM, Apollo])
+@pytest.mark.parametrize("make", [KoalaV, KoalaM, KoalaPlusPlus, Apollo])
 def test_wrappers_that_take_weights_apart_are_refused(make: Any) -> None:
     whole = ZeroRedundancyOptimizer if make is not Apollo else None
     for flat in (True, False):

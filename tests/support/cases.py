@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ VELOCITY, AVERAGE = frozenset({"velocity"}), frozenset({"average"})
 RELEASED = {"formulas": "released", "weight_decay": 0.02}
 HESSIAN = frozenset({"mean", "curvature"})
 APOLLO = {"lr": 0.5, "sigma": 1.0, "warmup_steps": 3}
+PRODUCT = frozenset({"gradient", "product"})
 PRINTED = {"blocks": "global", "target_risk": "absolute", "measurement_noise": 0.5, "lr": 0.1}
 
 CASES = [
@@ -51,6 +52,9 @@ CASES = [
     Case("M-released", KoalaM, RELEASED, VELOCITY | AVERAGE),
     Case("M-printed", KoalaM, PRINTED, VELOCITY | AVERAGE),
     Case("M-foreach", KoalaM, {"foreach": True, "weight_decay": 0.02}, VELOCITY | AVERAGE),
+    Case("++", KoalaPlusPlus, {}, PRODUCT),
+    Case("++-vanilla", KoalaPlusPlus, {"symmetric": False, "weight_decay": 0.02}, PRODUCT),
+    Case("++-semidefinite", KoalaPlusPlus, {"positive_semidefinite": True, "measurement_noise": 0.5}, PRODUCT),
     Case("Apollo", Apollo, APOLLO, HESSIAN),
     Case("Apollo-W", Apollo, APOLLO | {"weight_decay": 0.02, "decoupled_weight_decay": True}, HESSIAN | {"direction"}),
 ]

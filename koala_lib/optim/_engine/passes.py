@@ -59,6 +59,14 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype)).to(scalar_dtype(device)).square()
 
 
+def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """Return x^T y of each pair of tensors, (n,) in float64 on their device, accumulated in float32 or better."""
+    if xs[0].dtype in HALF:
+        xs, ys = wide(xs), wide(ys)
+    sums = torch.stack([t.sum() for t in torch._foreach_mul(xs, ys)])
+    return sums.to(torch.float64 if sums.is_cpu else scalar_dtype(sums.device))
+
+
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
     """Return h = g + lambda x, leaving ``p.grad`` alone."""
     if isinstance(weight_decay, Tensor):  # from CompiledPass, so that another value compiles nothing
@@ -189,6 +197,13 @@ class Passes:
                     shards, grads = local(together), local_gradients(together) if with_gradient else []
                     state = {name: local(tensors) for name, tensors in state.items()}
                 self.buckets.append(Bucket(group, together, shards, grads, state, i < compiled))
+
+    def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
+        """Return means of losses over the ranks and norms of whole tensors, in one collective."""
+        norms = times_shards(norms, (p for bucket in self.buckets for p in bucket.params))
+        sums = torch.stack([t if isinstance(t, Tensor) else norms.new_full((), t) for t in losses])
+        joined = mean_over_ranks(torch.cat([sums, norms.flatten()]), self.ranks)
+        return scalars(joined[: len(sums)]), joined[len(sums) :].view_as(norms)
 
 
 # ---- KOALA's passes: lists of tensors of one device and dtype -------------------------------------------------------
@@ -342,13 +357,6 @@ class KoalaPasses(Passes):
             blocks = [Block(*numbers) for numbers in zip(*columns, strict=True)]
         norm, largest = scalars(torch.stack([norm, squared.max()]))
         return Observation(total / count, squares / count, norm**0.5, largest, blocks)
-
-    def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
-        """Return means of losses over the ranks and norms of whole tensors, in one collective."""
-        norms = times_shards(norms, (p for bucket in self.buckets for p in bucket.params))
-        sums = torch.stack([t if isinstance(t, Tensor) else norms.new_full((), t) for t in losses])
-        joined = mean_over_ranks(torch.cat([sums, norms.flatten()]), self.ranks)
-        return scalars(joined[: len(sums)]), joined[len(sums) :].view_as(norms)
 
     def correct(
         self,

@@ -21,7 +21,7 @@ from koala_lab.baselines.apollo_variants import ApolloVariant
 from koala_lab.baselines.meka_variants import MekaPreviousHessian, MekaWithoutModelError
 from koala_lab.baselines.sdlbfgs import SdLBFGS
 from koala_lab.baselines.svrg import Svrg
-from koala_lib.optim import Apollo, KoalaM, KoalaV, Meka
+from koala_lib.optim import Apollo, KoalaM, KoalaPlusPlus, KoalaV, Meka
 
 Factory = Callable[..., Optimizer]
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss per sample
@@ -95,6 +95,7 @@ class Method:
 OPTIMIZERS: dict[str, Method] = {
     "koala_v": Method(KoalaV),
     "koala_m": Method(KoalaM),
+    "koala_plus_plus": Method(KoalaPlusPlus),
     "meka": Method(Meka, own_forward=True),
     "adameka": Method(partial(Meka, direction="adam"), own_forward=True),
     "meka_previous_hessian": Method(MekaPreviousHessian, own_forward=True),

@@ -40,7 +40,7 @@ def count_rows(readme: str) -> list[Row]:
             name, total = first.split(",")[0], int(re.findall(r"\d+", first)[0])
         counts = {s: int(n) for s, n in zip(header[2:], numbers, strict=True) if s in COLOURS and int(n)}
         found.setdefault(name, []).extend([Row(name, total, scale, counts)] * bool(counts))
-    for name, text in re.findall(r"^- (\w+), without a scale, settled once: (.*)", block, re.MULTILINE):
+    for name, text in re.findall(r"^- (\S+), without a scale, settled once: (.*)", block, re.MULTILINE):
         counts = {s: sum(map(int, re.findall(rf"(\d+) {s}\b", text))) for s in COLOURS}
         total = sum(map(int, re.findall(r"\d+", re.sub(r"\(.*?\)", "", text))))
         found.setdefault(name, []).insert(0, Row(name, total, "exact", {s: n for s, n in counts.items() if n}))

@@ -59,7 +59,7 @@ def trace(
         raise ValueError(f"a trace has no warm-up, but warmup_steps={config.warmup_steps}; leave it out")
     run = TrainingRun(config, torch.device(device))
     optimizer: Any = run.optimizers.get("network")
-    if not hasattr(optimizer, "filter_state"):
+    if not hasattr(optimizer, "filter_state") or config.optimizer == "koala_plus_plus":  # whose variance is no scalar
         raise ValueError(
             f"optimizer={config.optimizer!r} has no filter to record; use koala_v, koala_m, meka or adameka"
         )

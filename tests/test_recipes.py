@@ -119,7 +119,7 @@ def test_the_recipe_for_an_optimizer(copy: Copy) -> None:
     copy.insert("koala_lib/__init__.py", "\n__all__ = [", "    from koala_lib.optim import Toy\n")
     copy.insert("koala_lib/__init__.py", '"KoalaM"', '"Toy", ')
     registry = "lab/koala_lab/baselines/registry.py"
-    copy.insert(registry, '    "koala_v": ', '    "toy": Toy,\n')
+    copy.insert(registry, '    "koala_v": ', '    "toy": Method(Toy),\n')
     copy.insert(registry, "from koala_lib.optim import ", "from koala_lib.optim import Toy\n")
     copy.insert("lab/koala_lab/plots.py", '    "koala_m": _SAFE', '    "toy": "#117733",\n')
     copy.insert("lab/koala_lab/plots.py", '    "koala_m": "KOALA-M"', '    "toy": "Toy",\n')

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from koala_lab.theory.ekf import dense_filter
 from koala_lab.theory.problems import linear
-from koala_lib import Apollo, KoalaM, KoalaV, Meka, kalman
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV, Meka, kalman
 
 __all__ = ["RELATIONS", "Relation"]
 
@@ -322,6 +322,39 @@ def _momentum(factor: float) -> float:
     for _ in range(1, STEPS):
         theirs.append(theirs[-1] + p - factor * k_x * (5 + slope @ theirs[-1]) * slope)
         p = kappa * p - k_p * (5 + slope @ theirs[-1]) * slope
+    return _deviation(ours, theirs)
+
+
+@_relation(
+    "KOALA++",
+    "tensors of one weight, R fixed",
+    "the extended Kalman filter itself, its first gradient observed twice",
+    r"H P = v \Rightarrow P = v / H, \text{ for every closure} \\ v_k = H_k P_{k-1} \text{ without loss}",
+)
+def _one_weight(factor: float) -> float:
+    features, labels = _data()
+    Q, R, P = 0.3, 2.0, 0.4
+
+    def loss(k: int, x: Tensor) -> Tensor:
+        return ((features[k, 0, 0] * x - labels[k, 0]).square() / 2 + 0.1).sum()
+
+    x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = KoalaPlusPlus([x], initial_variance=P, process_noise=Q, measurement_noise=R)
+    ours, theirs = [x.detach().clone()], [x.detach().clone()]
+    for k in range(STEPS):
+        optimizer.predict()
+        optimizer.zero_grad()
+        value = loss(k, x)
+        value.backward()
+        optimizer.step(loss=value.detach())
+        ours.append(x.detach().clone())
+
+        value, g = _at(loss, k, theirs[-1])
+        for _ in range(2 if k == 0 else 1):
+            ahead = kalman.predict_position(P, Q)
+            gain = ahead * g / kalman.innovation_variance(ahead, g @ g, R)
+            P = kalman.condition_position(ahead, g @ g, R)
+        theirs.append(theirs[-1] - factor * gain * value)
     return _deviation(ours, theirs)
 
 

@@ -180,7 +180,7 @@ def test_readme_and_scoreboard_show_the_committed_verdicts_on_the_claims_as_they
 def test_the_picture_shows_the_count_rows_of_the_readme() -> None:
     rows = overview.count_rows((ROOT / "README.md").read_text())
     assert [row._asdict() for row in rows] == json.loads((ROOT / "figures" / "overview.json").read_text())["rows"]
-    assert sum(row.counts["reproduced"] for row in rows) > 0
+    assert sum(row.counts.get("reproduced", 0) for row in rows) > 0
     head = "| paper | scale | reproduced | contradicted | not run yet |\n|---|---|---|---|---|"
     lines = "| MEKA, 7 claims | quick | 2 | 0 | 5 |\n|  | paper | 0 | 0 | 7 |"
     exact = "3 exact statements (2 reproduced, 1 contradicted); 4 identities (4 reproduced)."

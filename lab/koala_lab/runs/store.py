@@ -182,7 +182,7 @@ def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunRe
         old = read_results(file)
         have = {r.key: r for r in [*old, *results]}
         configs = {c.key: c for c in grid}
-        tagged = [r for r in old if r.provenance["data"]["tag"] and r.config in configs.values()]
+        tagged = [r for r in old if r.provenance.get("data", {}).get("tag") and r.config in configs.values()]
         new = [have[key] for key in configs if key in have]
         new += [r for r in tagged if r.key not in configs]
         if new != old:

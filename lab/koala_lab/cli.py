@@ -198,7 +198,11 @@ def _check_device(device: str, *, here: bool = True) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device) if here else torch.device(device)
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda"):
+            raise RuntimeError(f"{kind} is neither cpu nor cuda")
+        if here:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error

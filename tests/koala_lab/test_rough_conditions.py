@@ -250,6 +250,9 @@ def test_relative_paths_of_the_environment_are_settled_once(tmp_path: Path, monk
         (("list", "--device", "foo"), "--device foo cannot be used"),
         (("run", "--device", "foo"), "--device foo cannot be used"),
         (("bench", "--device", "foo"), "--device foo cannot be used"),
+        (("run", "--device", "meta"), "--device meta cannot be used here (meta is neither cpu nor cuda)"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", "seed=-1"), "seed: expected a whole number >= 0"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", f"seed={2**32}"), "below 2^32, got 4294967296"),
         (("run", "--time-budget", "nan"), "--time-budget nan: expected a number of seconds above 0"),
         (("run", "--time-budget", "-1"), "--time-budget -1.0: expected"),
         (

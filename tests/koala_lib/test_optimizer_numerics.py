@@ -373,3 +373,15 @@ def test_converges(case: Case, loss: Callable[[Tensor], Tensor]) -> None:
     left = (float(loss(x).detach()) - best) / (float(loss(start)) - best)
     # A KOALA-V that estimates its process noise starts without any and is slow to wake up.
     assert left < (0.25 if case.name == "V-adaptive" else 0.05)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, float])
+def test_a_covariance_stays_positive_where_rounding_would_take_it_below_zero(kind: Any) -> None:
+    """Position and velocity vary as one, and a nearly exact observation leaves nothing of either."""
+    A, C, B = 0.011, 0.033, 0.099
+    for _ in range(20):
+        P = kalman.MomentumCovariance(*(kind(value) for value in (A, C, B)))
+        new = kalman.condition_momentum(P, kind(2e38), kind(2e-40))
+        assert float(new.velocity_variance) >= 0
+        assert float(new.covariance) ** 2 <= float(new.variance) * float(new.velocity_variance) * (1 + 1e-6)
+        A, C, B = A * 1.3, C * 1.3, B * 1.3

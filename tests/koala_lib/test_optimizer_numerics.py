@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import koala_lib
-from koala_lib import Apollo, KoalaM, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaV, kalman
 from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
@@ -378,10 +378,10 @@ def test_converges(case: Case, loss: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.parametrize("kind", [torch.tensor, float])
 def test_a_covariance_stays_positive_where_rounding_would_take_it_below_zero(kind: Any) -> None:
     """Position and velocity vary as one, and a nearly exact observation leaves nothing of either."""
-    A, C, B = 0.011, 0.033, 0.099
-    for _ in range(20):
+    for i in range(200):
+        A, C = 0.01 + 1e-3 * i, 0.03 + 7e-4 * i
+        B = C * C / A
         P = kalman.MomentumCovariance(*(kind(value) for value in (A, C, B)))
         new = kalman.condition_momentum(P, kind(2e38), kind(2e-40))
         assert float(new.velocity_variance) >= 0
         assert float(new.covariance) ** 2 <= float(new.variance) * float(new.velocity_variance) * (1 + 1e-6)
-        A, C, B = A * 1.3, C * 1.3, B * 1.3

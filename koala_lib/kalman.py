@@ -11,7 +11,7 @@ q_p^2 = ``velocity_noise``; R = ``measurement_noise``; |g|^2 = ``squared_norm``;
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,16 +68,23 @@ def predict_momentum(
 def condition_momentum(P: MomentumCovariance, squared_norm: Tensor, measurement_noise: Tensor) -> MomentumCovariance:
     """Return P = (P^^-1 + diag(|g|^2 / R, 0))^-1 (eq. 21, Table 1); stays positive definite.
 
-    With eta = |g|^2 / S: A = A^ - eta A^^2 = R/S A^,  C = C^ - eta A^ C^ = R/S C^,  B = B^ - eta C^^2.
+    With eta = |g|^2 / S: A = A^ - eta A^^2 = R/S A^,  C = C^ - eta A^ C^ = R/S C^,  B = B^ - eta C^^2. Rounding must
+    not take B below C^2 / A of the new A and C, which is R/S C^^2 / A^.
     """
     A, C, B = P
     S = A * squared_norm + measurement_noise
     shrink = measurement_noise / S
+    least = C * (shrink / (A + (A == 0))) * C
+    velocity_variance = B - C * (squared_norm / S) * C
     return MomentumCovariance(
         variance=A * shrink,
         covariance=C * shrink,
-        velocity_variance=B - C * (squared_norm / S) * C,
+        velocity_variance=_larger(velocity_variance, least),
     )
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
 
 def running_average(average: Scalar, value: Scalar, decay: float) -> Scalar:

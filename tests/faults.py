@@ -2,6 +2,7 @@
 """Kill, fill, cut and corrupt what the pipeline works with, and prove that nothing is lost: `make faults`.
 
     python -P tests/faults.py [--minutes 30] [--seed 0] [--only runs notebooks disks files locks filters]
+    python -P tests/faults.py --minutes 1 --without rename    (or lock, or key: the campaign must notice)
 
 Every attempt ends in one of three ways: as if nothing had happened (the same hash of the weights), with a warning that
 names the file, or with one sentence. Anything else is a failure and is listed. The last report is committed in
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -29,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import given, seed, settings, strategies
 
-from koala_lab import claims, paths, runs
+from koala_lab import claims, files, paths, runs
 from koala_lab.config import RunConfig
 from koala_lab.files import read_yaml, write_json
 from koala_lab.notebook import declared_in
 from koala_lab.runs.provenance import provenance
 from koala_lab.runs.store import read_results
-from koala_lib import KoalaM, KoalaV
+from koala_lib import KoalaM, KoalaV, kalman
 
 BASE = RunConfig(dataset="digits", train_size=320, model="mlp_100", optimizer="koala_m", epochs=3, batch_size=32)
 CONFIGS = [
@@ -343,30 +346,130 @@ def contend(report: Report, rng: random.Random, end: float) -> None:
 
 # ---- filters
 
+FILTER_STEPS = 1_000_000
+SIZES = (0.0, 1e-30, 1e-8, 1.0, 1e8, 1e30, math.inf, math.nan)  # of gradients and losses
+COMMON = ("usual", "wild")  # how often the last ones come
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in float16 a step of 1e5 is infinite
+
 
 def drive_filters(report: Report, rng: random.Random, end: float) -> None:
-    """Give filters gradients and losses of 1e+-30, inf and NaN: variances stay positive, weights finite."""
-    sizes = [0.0, 1e-30, 1e-8, 1.0, 1e8, 1e30, float("inf"), float("nan")]
-    weights = [8, 2, 8, 40, 8, 2, 1, 1]
-    while time.monotonic() < end:
-        dtypes = rng.choices([torch.float32, torch.float64, torch.bfloat16], k=2)
-        params = [torch.nn.Parameter(torch.randn(3).to(dtype)) for dtype in dtypes]
-        make = rng.choice([KoalaV, KoalaM])
-        options = {"formulas": rng.choice(["paper", "released"]), "blocks": rng.choice(["tensor", "global"])}
-        optimizer = make(params, target_risk=rng.choice(["relative", "absolute"]), lr=0.01, **options)
-        for _ in range(500):
-            optimizer.predict()
-            for p in params:
-                p.grad = torch.randn(3).to(p.dtype) * rng.choices(sizes, weights)[0]
-            optimizer.step(loss=torch.rand(4) * rng.choices(sizes, weights)[0])
-            state = optimizer.filter_state()
-            report.attempts["filter step"] += 1
-            if not all(0 <= v < float("inf") for name, v in state.items() if name != "covariance"):
-                report.fail("filter step", f"{make.__name__} {options}: {state}")
-                break
-            if not all(torch.isfinite(p).all() for p in params):
-                report.fail("filter step", f"{make.__name__} {options}: weights are not finite")
-                break
+    """Drive a million steps of covariances, then, in the time that is left, whole optimizers chosen by Hypothesis."""
+    _drive_covariances(report, rng)
+    choices = strategies.fixed_dictionaries(
+        {
+            "make": strategies.sampled_from([KoalaV, KoalaM]),
+            "formulas": strategies.sampled_from(["paper", "released"]),
+            "blocks": strategies.sampled_from(["tensor", "global"]),
+            "target_risk": strategies.sampled_from(["relative", "absolute"]),
+            "weight_decay": strategies.sampled_from([0.0, 0.02]),
+            "lr": strategies.sampled_from([1e-3, 0.01, 1.0]),
+        }
+    )
+    dtypes = strategies.lists(strategies.sampled_from(DTYPES), min_size=1, max_size=2)
+
+    @settings(max_examples=20, deadline=None, database=None)
+    @given(choices, dtypes, strategies.sampled_from(COMMON), strategies.integers(0, 2**32 - 1))
+    def episode(options: dict[str, Any], dtypes: list[torch.dtype], mix: str, seed: int) -> None:
+        _episode(report, dict(options), dtypes, mix, random.Random(seed))
+
+    while True:
+        try:
+            seed(rng.randrange(2**32))(episode)()
+        except AssertionError as error:
+            report.fail("filter step", " ".join(str(error).split()))
+        if time.monotonic() >= end:
+            return
+
+
+def _drive_covariances(report: Report, rng: random.Random, filters: int = 10_000) -> None:
+    """Predict and condition many covariances at once, with gradients and noises over sixty orders of magnitude."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**32))
+
+    def drawn() -> torch.Tensor:
+        exponents = 120 * torch.rand(filters, generator=generator, dtype=torch.float64) - 60
+        return torch.where(torch.rand(filters, generator=generator) < 0.1, 0.0, 10**exponents)
+
+    P = drawn()
+    M = kalman.MomentumCovariance(P, torch.zeros_like(P), drawn())
+    while report.attempts["covariance step"] < FILTER_STEPS:
+        g, Q, q, R = drawn(), drawn(), drawn(), drawn()
+        R = torch.where(R == 0, 1.0, R)  # S > 0, as the optimizers see to
+        P = kalman.condition_position(kalman.predict_position(P, Q), g, R)
+        M = kalman.condition_momentum(kalman.predict_momentum(M, 0.9, Q, q), g, R)
+        report.attempts["covariance step"] += 2 * filters
+        A, C, B = M
+        right = {name: (v >= 0) & v.isfinite() for name, v in {"P": P, "A": A, "B": B}.items()}
+        right["C"] = C.abs() <= A.sqrt() * B.sqrt() * (1 + 1e-6)
+        for name, holds in right.items():
+            if not holds.all():
+                i = int((~holds).nonzero()[0])
+                values = [float(v[i]) for v in (P, A, C, B, g, Q, q, R)]
+                report.fail("covariance step", f"{name} of P, A, C, B = {values[:4]} after g, Q, q, R = {values[4:]}")
+                return
+
+
+def _episode(
+    report: Report, options: dict[str, Any], dtypes: list[torch.dtype], mix: str, rng: random.Random, steps: int = 1000
+) -> None:
+    """Drive one filter; raise an AssertionError where a covariance is not positive or a weight is not finite."""
+    often = [8, 2, 8, 40, 8, 2, 1, 1] if mix == "usual" else [1] * len(SIZES)
+    unit = torch.randn(8, 3, generator=torch.Generator().manual_seed(rng.randrange(2**32)))
+    grads = {dtype: [[(row * size).to(dtype) for row in unit] for size in SIZES] for dtype in dtypes}
+    losses = [unit[:, 0].abs() * size for size in SIZES]
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
+    optimizer = options.pop("make")(params, **options)
+    for step in range(steps):
+        optimizer.predict()
+        for p in params:
+            p.grad = rng.choice(rng.choices(grads[p.dtype], often)[0])
+        optimizer.step(loss=rng.choices(losses, often)[0])
+        state = optimizer.filter_state()
+        report.attempts["filter step"] += 1
+        covariance = state.pop("covariance", 0.0)
+        product = state["variance"] * state.get("velocity_variance", 0.0)
+        assert all(0 <= value < math.inf for value in state.values()), f"step {step}: {state}"
+        assert covariance**2 <= product * (1 + 1e-6), f"step {step}: covariance {covariance} of {state}"
+        if step % 20 == 0 or step == steps - 1:  # what is not finite stays so
+            assert all(p.isfinite().all() for p in params), f"step {step}: weights {params}"
+
+
+# ---- the campaign itself: without a safeguard it must fail
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        yield file
+
+
+@contextmanager
+def _unlocked(self: runs.Store, key: str) -> Iterator[None]:
+    (self.root / key).mkdir(parents=True, exist_ok=True)
+    yield
+
+
+def _trusted(path: Path) -> Any:
+    return files.read_json(path) | {"key": path.parent.name}
+
+
+SAFEGUARDS: dict[str, tuple[str, Any, str, Any]] = {
+    "rename": ("runs", files, "replacing", _in_place),
+    "lock": ("locks", runs.Store, "lock", _unlocked),
+    "key": ("locks", runs.store, "read_json", _trusted),
+}  # the kind of attempts that must notice, and what takes the place of the safeguard
+
+
+@contextmanager
+def without(safeguard: str) -> Iterator[None]:
+    """Take one safeguard away: the rename, the lock, or the check of a record's key."""
+    _, where, name, other = SAFEGUARDS[safeguard]
+    before = getattr(where, name)
+    setattr(where, name, other)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
 
 
 KINDS: dict[str, tuple[Callable[[Report, random.Random, float], None], float]] = {
@@ -385,7 +488,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--keep", action="store_true", help="write the report to data/results/faults.json")
+    parser.add_argument("--without", choices=SAFEGUARDS, help="take a safeguard away; exit code 0 if it is missed")
     given = parser.parse_args()
+    if given.without:
+        report = Report()
+        with without(given.without):
+            KINDS[SAFEGUARDS[given.without][0]][0](
+                report, random.Random(given.seed), time.monotonic() + 60 * given.minutes
+            )
+        print(f"without the {given.without}: {len(report.failures)} failures in {dict(report.attempts)}")
+        return 0 if report.failures else 1
     torch.set_num_threads(1)
     report, rng, started = Report(), random.Random(given.seed), time.monotonic()
     shares = sum(KINDS[kind][1] for kind in given.only)

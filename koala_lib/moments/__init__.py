@@ -26,12 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from koala_lib.moments import _structured, _vmap
-from koala_lib.moments._products import BATCH_NORM, NO_FORWARD_MODE, Spread
+from koala_lib.moments._products import BATCH_NORM, BY_SAMPLE, NO_FORWARD_MODE, Spread
 from koala_lib.moments._tangents import Tape, UnknownCallError
 
 __all__ = ["METHODS", "Along", "Observation", "SampleMoments", "observe", "sample_moments"]
 
 METHODS = ("auto", "vmap", "structured")
+TRANSFORMS = re.compile(
+    r"vmap|functorch|torch\.func\b|^Batch norm got a batched tensor"
+)  # errors of torch's transforms
 
 
 class SampleMoments(NamedTuple):
@@ -96,8 +99,8 @@ def sample_moments(
     Raises:
         ValueError: For fewer than two samples, a network with BatchNorm, a loss of another shape, a direction that does
             not fit, or one for a network with a layer that has no forward-mode derivative, such as torch's recurrent
-            ones or weight norm; the message names it.
-        TypeError: For inputs or targets that are no tensors.
+            ones or weight norm, or that cannot be differentiated sample by sample; the message names it.
+        TypeError: For inputs, targets or losses that are no tensors.
 
     Notes:
         "structured" subtracts B |G|^2 from a sum of squares, so the relative error of a variance is that of the dtype
@@ -194,6 +197,11 @@ def _observe(
         except NotImplementedError as error:
             other = ', or method="vmap", which may need no rule for it' if method == "structured" else ""
             raise ValueError(NO_FORWARD_MODE.format(_layer_of(error, model)) + other) from error
+        except RuntimeError as error:
+            if not TRANSFORMS.search(str(error)):
+                raise
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+            raise ValueError(BY_SAMPLE.format(_layer_of(error, model), reason)) from error
     losses = parts[0].losses
     size = sum(p.numel() for p in trainable.values()) * (len(losses) - 1)
 

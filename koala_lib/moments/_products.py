@@ -20,6 +20,7 @@ NO_FORWARD_MODE: Final = (
     "{} has no forward-mode derivative in torch, which Hessian-vector products of single samples need; use a network "
     "without it"
 )
+BY_SAMPLE: Final = "torch cannot differentiate {} sample by sample: {}; use a network without it"
 BATCH_NORM: Final = (
     "batch normalisation mixes the samples of a batch, so that none has a gradient of its own; "
     "use GroupNorm or LayerNorm, or eval() with running statistics, in place of {}"
@@ -49,7 +50,10 @@ class Spread(NamedTuple):
 
 
 def check_losses(losses: Tensor, samples: int) -> Tensor:
-    """Return the losses if there is one per sample; raise a ``ValueError`` otherwise."""
+    """Return the losses if there is one real number per sample; raise a ``ValueError`` or ``TypeError`` otherwise."""
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        what = losses.dtype if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise TypeError(f"loss_fn must return a tensor of real floating-point losses, got {what}")
     if losses.shape != (samples,):
         raise ValueError(
             f"loss_fn must return one loss per sample, shape ({samples},), got {tuple(losses.shape)}; "

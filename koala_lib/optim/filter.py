@@ -61,7 +61,7 @@ class ScalarFilter(CheckedOptimizer):
             ValueError: if the group sets another option differently from the rest, or a value out of range.
             TypeError: for parameters that are not real floating-point tensors.
         """
-        if self.param_groups:  # whose options may have been changed since the constructor
+        if self.param_groups and isinstance(param_group, dict):  # options may have changed since the constructor
             first = self.param_groups[0]
             shared = [name for name in self.defaults if name not in self.per_group and name in first]
             param_group = {name: first[name] for name in shared} | param_group
@@ -96,6 +96,10 @@ class ScalarFilter(CheckedOptimizer):
             raise ValueError(
                 f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
                 "it was saved by another optimizer or by other options"
+            )
+        if not saved.isfinite().all():
+            raise ValueError(
+                f"the filter in this state_dict of {type(self).__name__} is not finite: load an earlier one"
             )
         super().__setstate__(state)
         self._share_filter(saved)
@@ -199,7 +203,8 @@ class LossFilter(ScalarFilter):
 
         A second call before ``step`` moves nothing. Losses observed before it still count if their gradients are there,
         as those of micro-batches are, and are forgotten if the gradients were cleared since: so a step that a gradient
-        scaler skipped can simply be repeated.
+        scaler skipped can simply be repeated. Between this call and the backward pass clear them with the optimizer's
+        :meth:`zero_grad`: what ``model.zero_grad()`` does is seen before this call, or by ``observe`` before backward.
         """
         pending = self._pending
         if pending.losses and not self._has_gradients():
@@ -242,17 +247,19 @@ class LossFilter(ScalarFilter):
                 "weights; call optimizer.predict() before the forward pass, or use optimizer.step(closure)"
             )
         if not isinstance(losses, (Tensor, float, int)):
-            what = f"a {type(losses).__name__}" if isinstance(losses, (tuple, list, dict)) else repr(losses)
-            raise TypeError(f"losses must be a tensor or a float, got {what}")
+            raise TypeError(f"losses must be a tensor or a float, got a {type(losses).__name__}")
         losses = torch.as_tensor(losses).detach()
         if not losses.is_floating_point():
             raise TypeError(f"losses must be real floating-point numbers, got dtype {losses.dtype}")
         if losses.numel() == 0:
             raise ValueError("losses are empty: a step needs at least one sample")
+        pending = self._pending
+        if pending.earlier and not self._has_gradients():  # somebody else cleared them, such as model.zero_grad()
+            pending.losses, pending.earlier = pending.losses[pending.earlier :], 0
         values = losses.to(self.param_groups[0]["filter"])
         seen = Losses(scalars(values.sum()), scalars(values.square().sum()), losses.numel())
-        self._pending.losses += (seen,)
-        self._pending.dtype = losses.dtype
+        pending.losses += (seen,)
+        pending.dtype = losses.dtype
 
     @torch.no_grad()
     def step(  # type: ignore[override]

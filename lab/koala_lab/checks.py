@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Any
 
 _RANGES = {
@@ -33,6 +34,19 @@ def check_number(name: str, value: Any, bounds: str = ">= 0") -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and _RANGES[bounds](value)):
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def check_fields(values: Mapping[str, Any], kinds: Mapping[str, type | UnionType]) -> None:
+    """Raise ValueError unless every named value is there and of its kind.
+
+    >>> check_fields({"n": "5"}, {"n": int})
+    Traceback (most recent call last):
+    ValueError: field 'n': expected int, got '5'
+    """
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            expected = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"field {name!r}: expected {expected}, got {values.get(name)!r:.50}")
 
 
 def check_known(what: str, name: object, known: Iterable[str], *, of: str = "") -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from koala_lab import notebook as nb
 from koala_lab import paths
@@ -20,37 +22,59 @@ from koala_lab.checks import check_known
 from koala_lab.parameters import PRESETS
 
 if TYPE_CHECKING:
+    import click
+
     from koala_lab.config import RunConfig
     from koala_lab.runs import Store
     from koala_lab.runs.training import RunResult
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 FAILED = 3  # exit code when a run is stored as failed: a result, unlike 1 (an error) and 2 (wrong usage)
 
+
+class _OneSentence(TyperGroup):
+    """Ends at bad input, and at what the machine refuses, with what is wrong instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _stop("interrupted; what is finished is kept, and the same command goes on", INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # as of `koala list | head`
+                raise
+            _stop(f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error), 2)
+        except (ValueError, RuntimeError) as error:  # RuntimeError: no such data set to be had
+            _stop(str(error), 2)
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__
+    cls=_OneSentence,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help=__doc__,
 )
 Preset = Annotated[str, typer.Option("--preset", help="quick, desktop or paper")]
 Only = Annotated[str, typer.Option("--only", help="glob over notebook names, such as 'koala/2*'")]
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """End at bad input with what is wrong, not with a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: no such data set to be had
-        _stop(str(error), 2)
-
-
 def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"koala: {message}", err=True)
+    typer.echo(f"koala: {_line(message)}", err=True)
     raise typer.Exit(code)
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 @app.callback()
 def _in_a_checkout() -> None:
-    with _one_sentence():
-        paths.root()
+    warnings.formatwarning = lambda message, *_, **__: f"koala: {message}\n"  # without a line of code
+    paths.root()
     paths.settle()
 
 
@@ -88,9 +112,8 @@ def list_runs(
     """
     from koala_lab.runs import Store
 
-    with _one_sentence():
-        _check_device(device, here=False)
-        grids = plan(preset, only)
+    _check_device(device, here=False)
+    grids = plan(preset, only)
     store = Store()
     known = {c.key: result for grid in grids.values() for c in grid if (result := store.get(c.key))}
     for name, grid in grids.items():
@@ -144,11 +167,10 @@ def run(
 
     if allow_unverified_data:
         os.environ["KOALA_ALLOW_UNVERIFIED_DATA"] = "1"
-    with _one_sentence():
-        _check_device(device)
-        if not time_budget > 0:
-            raise ValueError(f"--time-budget {time_budget}: expected a number of seconds above 0")
-        grids = plan(preset, only)
+    _check_device(device)
+    if not time_budget > 0:
+        raise ValueError(f"--time-budget {time_budget}: expected a number of seconds above 0")
+    grids = plan(preset, only)
     store = Store()
     configs = {c.key: c for grid in grids.values() for c in grid}
     if key and key not in configs:
@@ -156,14 +178,17 @@ def run(
     known = {k: result for k in configs if (result := store.get(k))}
     wanted = [k for k in configs if key in ("", k) and not (pending and k in known)]
     todo = [configs[k] for k in wanted if k not in known]
-    trained, broken = _train(todo, store, device, time_budget)
+    trained, missed = _train(todo, store, device, time_budget)
+    broken = missed
     results = [known[k] for k in wanted if k in known] + trained
-    if preset != "quick":  # quick is what the notebooks compute live; a stored copy would keep them from it
-        with _one_sentence():
-            for name, grid in grids.items():
-                merge_results(results_file(preset, name), grid, results)
+    for name, grid in grids.items() if preset != "quick" else ():  # quick is computed live, a copy would prevent that
+        try:
+            merge_results(results_file(preset, name), grid, results)
+        except (OSError, ValueError) as error:  # the others are merged, and the runs stay in the store
+            broken += 1
+            typer.echo(f"koala: {_line(error)}", err=True)
     failed = sum(r.status == "failed" for r in results)
-    left = len(wanted) - len(results) - broken
+    left = len(wanted) - len(results) - missed
     typer.echo(f"{len(results) - failed} done, {failed} failed, {broken} broken, {left} left for later")
     raise typer.Exit(1 if broken else FAILED if failed else 0)
 
@@ -173,7 +198,11 @@ def _check_device(device: str, *, here: bool = True) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device) if here else torch.device(device)
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda"):
+            raise RuntimeError(f"{kind} is neither cpu nor cuda")
+        if here:
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
@@ -216,7 +245,8 @@ def _train(todo: list[RunConfig], store: Store, device: str, budget: float) -> t
                 break
             except Exception as error:  # the other runs go on; this one has no result and is tried again next time
                 broken += 1
-                bar.write(f"{config.key}  {config.label}  broken: {type(error).__name__}: {error}", file=sys.stderr)
+                reason = f"broken: {type(error).__name__}: {_line(error)}"
+                bar.write(f"{config.key}  {config.label}  {reason}", file=sys.stderr)
     return results, broken
 
 
@@ -238,24 +268,22 @@ def notebook(
     """
     from koala_lab.notebook import execute
 
-    with _one_sentence():
-        file = _notebook_file(path)
-        if (output is None) != in_place:
-            raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
-        if output is not None and output.suffix != ".ipynb":
-            raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
-        pairs = [_pair(text) for text in parameter or []]
-        given = dict(pairs)
-        if len(given) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            raise ValueError(f"-p {twice} is given twice")
-        values = execute.parameters(file, preset, given)
+    file = _notebook_file(path)
+    if (output is None) != in_place:
+        raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
+    if output is not None and output.suffix != ".ipynb":
+        raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
+    pairs = [_pair(text) for text in parameter or []]
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"-p {twice} is given twice")
+    values = execute.parameters(file, preset, given)
     target = (output or file).resolve()
     try:
-        with _one_sentence():
-            execute.execute(file, target, values)
-            if not in_place:
-                execute.to_html(target)
+        execute.execute(file, target, values)
+        if not in_place:
+            execute.to_html(target)
     except execute.NotebookFailed as error:
         _stop(str(error), 1)
 
@@ -286,14 +314,13 @@ def report(
     """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
     from koala_lab import report as pages
 
-    with _one_sentence():
-        if compare is not None:
-            for line in pages.differences(compare):
-                typer.echo(line)
-            return
-        typer.echo(pages.build())
-        if readme:
-            typer.echo("\n".join(map(str, pages.refresh_committed())))
+    if compare is not None:
+        for line in pages.differences(compare):
+            typer.echo(line)
+        return
+    typer.echo(pages.build())
+    if readme:
+        typer.echo("\n".join(map(str, pages.refresh_committed())))
 
 
 @app.command()
@@ -309,8 +336,7 @@ def bench(
     """Time and memory of a step of each optimizer, kept in data/results/bench.json."""
     from koala_lab.bench import steps as benchmark
 
-    with _one_sentence():
-        _check_device(device)
+    _check_device(device)
     benchmark.main(device, whole=training_step, meka=meka)
 
 
@@ -319,8 +345,7 @@ def measure_references(preset: Preset = "quick", only: Only = "*") -> None:
     """Measure the simple models that runs must beat to count, where data/results/references.json lacks them."""
     from koala_lab.runs import references
 
-    with _one_sentence():
-        references.store([c for grid in plan(preset, only).values() for c in grid], typer.echo)
+    references.store([c for grid in plan(preset, only).values() for c in grid], typer.echo)
 
 
 @app.command()
@@ -328,8 +353,7 @@ def data(name: Annotated[str, typer.Argument(help="such as cifar10")]) -> None:
     """Download a data set and check it."""
     from koala_lab import data as sets
 
-    with _one_sentence():
-        typer.echo(sets.fetch(name))
+    typer.echo(sets.fetch(name))
 
 
 if __name__ == "__main__":

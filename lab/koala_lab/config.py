@@ -96,6 +96,9 @@ class RunConfig:
         check_whole("batch_size", self.batch_size, 1)
         check_whole("train_size", self.train_size, 1, also=(None,))
         check_whole("warmup_steps", self.warmup_steps)
+        check_whole("seed", self.seed)
+        if not isinstance(self.augment, bool):
+            raise ValueError(f"augment must be True or False, got {self.augment!r}")
         check_number("gamma", self.gamma, "in (0, 1]")
         check_number("warmup_init_lr", self.warmup_init_lr)
         if not all(type(m) is int and m >= 0 for m in self.milestones) or list(self.milestones) != sorted(
@@ -151,6 +154,8 @@ _MAPPINGS = tuple(f.name for f in fields(RunConfig) if f.name.endswith("_args"))
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        raise ValueError(f"an argument must be a number, a text or a list of them, got {value!r}")
     return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -50,6 +50,21 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        ValueError: If it is no JSON, or no mapping; the message names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not what it should be: expected a mapping, got {type(content).__name__}")
+    return content
+
+
 def write_torch(path: Path, state: Any) -> None:
     """Write what ``torch.load`` reads; errors as in `replacing`."""
     import torch
@@ -99,6 +114,9 @@ def read_yaml(path: Path) -> Any:
 def set_aside(path: Path, reason: BaseException, then: str) -> None:
     """Rename a damaged file to ``<name>.damaged``, with a warning that says why, and what happens then."""
     kept = path.with_name(f"{path.name}.damaged")
-    os.replace(path, kept)
+    try:
+        os.replace(path, kept)
+    except OSError:  # of a folder that is not ours
+        kept = path
     text = " ".join(f"{type(reason).__name__}: {reason}".split())
     warnings.warn(f"{path} is damaged ({text[:150]}); it is kept as {kept.name}, and {then}", stacklevel=3)

@@ -14,6 +14,7 @@ from typing import Any
 
 from koala_lab.checks import check_known
 
+SEEDS = 2**32  # what numpy can be seeded with
 PRESETS = ("quick", "desktop", "paper")
 _SCALARS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
@@ -128,6 +129,9 @@ def resolve(parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> di
         check_known("parameter", name, parameters)
     values = {p.name: _checked(p.name, p.kind, given.get(p.name, p.default)) for p in parameters.values()}
     check_known("parameter preset:", values.get("preset", "quick"), PRESETS)
-    if values.get("n_seeds", 1) < 1:
+    first, number = values.get("seed", 0), values.get("n_seeds", 1)
+    if not 0 <= first < SEEDS - max(number, 1):
+        raise ValueError(f"parameter seed: expected a whole number >= 0, the last of {number} below 2^32, got {first}")
+    if number < 1:
         raise ValueError(f"parameter n_seeds: expected at least 1 seed, got {values['n_seeds']}")
     return values

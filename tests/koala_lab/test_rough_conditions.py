@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from koala_lab import claims, paths, report, runs
+from koala_lab import claims, data, paths, report, runs
 from koala_lab import notebook as nb
+from koala_lab.bench import steps
 from koala_lab.claims import Verdict
 from koala_lab.cli import app
+from koala_lab.config import RunConfig
 from koala_lab.files import read_yaml
 from koala_lab.parameters import declared, resolve
+from koala_lab.runs.training import RunResult
 
 
 @pytest.fixture
@@ -60,30 +63,123 @@ def test_a_preset_that_is_no_yaml_is_named(tmp_path: Path, text: str, problem: s
     assert "\n" not in str(error.value)
 
 
-def verdict(claim_id: str) -> Verdict:
-    told = dict.fromkeys(("paper", "measured", "detail"), "")
-    return Verdict(claim_id=claim_id, preset="quick", status="reproduced", n=5, **told)
+def verdict(claim_id: str, paper: str | None = None, status: str = "reproduced") -> Verdict:
+    if paper is None:
+        paper = claims.find(claim_id).paper
+    return Verdict(claim_id=claim_id, preset="quick", paper=paper, measured="", n=5, status=status, detail="")
 
 
 def test_damaged_and_stale_verdicts_do_not_block_a_report(elsewhere: Path) -> None:
-    known = next(iter(claims.load("koala")))
-    claims.save([verdict(known)], "koala/20_good")
-    claims.save([verdict("koala.table99.was_renamed")], "koala/99_old")
+    known, changed, moved, *_ = (c for c in claims.load("koala").values() if "quick" in c.judge)
+    claims.save([verdict("koala.table99.was_renamed", "")], "koala/99_old")
+    claims.save([verdict(changed.id, "another number")], "koala/98_changed")
+    claims.save([verdict(moved.id)], "koala/97_moved")
+    assert known.notebook == moved.notebook
+    claims.save([verdict(known.id), verdict(moved.id, status="contradicted")], moved.notebook)
     (elsewhere / "report" / "verdicts" / "koala" / "21_cut.json").write_text("")
     with pytest.warns(UserWarning, match="verdicts|damaged") as caught:
         found = claims.saved()
-    assert [v.claim_id for v in found] == [known]
+    assert {(v.claim_id, v.status) for v in found} == {(known.id, "reproduced"), (moved.id, "contradicted")}
+    assert claims.scoreboard(found)
     texts = " ".join(str(w.message) for w in caught)
     assert "21_cut.json is damaged" in texts
     assert "run its notebook again" in texts
     assert "99_old.json has verdicts on claims that are no more" in texts
-    assert "koala.table99.was_renamed" in texts
+    for name in ("koala.table99.was_renamed", changed.id, moved.id):
+        assert name in texts
 
 
-def test_a_damaged_sidecar_does_not_block_a_report(elsewhere: Path) -> None:
+def test_damaged_committed_verdicts_do_not_block_a_report(elsewhere: Path) -> None:
+    report.committed().parent.mkdir()
+    report.committed().write_text('{"verdicts": [{"claim_id": 1}]}')
+    with pytest.warns(
+        UserWarning, match=r"verdicts.json is no file of verdicts .*restore it from git; the report does"
+    ):
+        assert report.build().exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"references": []}', '{"references": {"a": {"metric": "x"}}}', "\xff"])
+def test_damaged_references_are_named(elsewhere: Path, content: str) -> None:
+    paths.results_dir().mkdir()
+    (paths.results_dir() / "references.json").write_bytes(content.encode("latin1"))
+    code, output = koala("references", "--only", "apollo/26*")
+    assert code == 2
+    assert "references.json is no file of references" in output
+    assert "restore it from git" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\xff"])
+def test_a_damaged_benchmark_is_named_before_anything_is_measured(
+    elsewhere: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths.results_dir().mkdir()
+    (paths.results_dir() / "bench.json").write_bytes(content.encode("latin1"))
+    monkeypatch.setattr(steps, "_sections", lambda *_: {"step": lambda: pytest.fail("was measured")})
+    code, output = koala("bench")
+    assert code == 2
+    assert "bench.json is not" in output
+
+
+CHANGES: list[tuple[list[str | int], Any]] = [
+    (["config", "seed"], "x"),
+    (["config", "seed"], {}),
+    (["config", "augment"], [1]),
+    (["config", "optimizer_args"], {"lr": {}}),
+    (["config", "milestones"], 5),
+    (["config"], []),
+    (["status"], "x"),
+    (["epochs"], None),
+    (["epochs", 0], "x"),
+    (["epochs", 0, "lr"], None),
+    (["failed_step"], "x"),
+    (["provenance"], 5),
+    (["provenance", "data"], "x"),
+    (["provenance", "seconds"], "x"),
+    (["key"], 5),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), CHANGES, ids=str)
+def test_a_record_that_is_json_of_another_kind_is_set_aside(elsewhere: Path, path: list[str | int], value: Any) -> None:
+    config = RunConfig(dataset="digits", model="mlp_100", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+    origin = {"data": {"tag": ""}, "device": "cpu", "seconds": 1.0}
+    store = runs.Store()
+    store.put(RunResult(config.key, config, "done", ({"lr": 0.1, "test_error": 5.0},), provenance=origin))
+    assert store.get(config.key) is not None
+    file = store.root / config.key / "run.json"
+    record = node = json.loads(file.read_text())
+    for name in path[:-1]:
+        node = node[name]
+    node[path[-1]] = value
+    file.write_text(json.dumps(record))
+    with pytest.warns(
+        UserWarning, match=r"run.json is damaged .*kept as run.json.damaged, and the run will be repeated"
+    ):
+        assert store.get(config.key) is None
+    assert not file.exists()
+
+
+def test_a_damaged_record_in_a_folder_of_others_is_told_and_stays(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    file = runs.Store().root / "key" / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.warns(UserWarning, match=r"run.json is damaged .*kept as run.json, and"):
+        assert runs.Store().get("key") is None
+    assert file.exists()
+
+
+@pytest.mark.parametrize("content", ["", "null", '{"notebook": 5, "runs": []}', '{"notebook": "koala/27_cost"}'])
+def test_a_damaged_sidecar_does_not_block_a_report(elsewhere: Path, content: str) -> None:
     folder = paths.figures_dir() / "koala"
     folder.mkdir(parents=True)
-    (folder / "cut.json").write_text("")
+    (folder / "cut.json").write_text(content)
     (folder / "whole.json").write_text(json.dumps({"notebook": "koala/27_cost", "runs": []}))
     with pytest.warns(UserWarning, match=r"cut.json is no file of a figure .*run its notebook"):
         page = report.build().read_text()
@@ -154,6 +250,9 @@ def test_relative_paths_of_the_environment_are_settled_once(tmp_path: Path, monk
         (("list", "--device", "foo"), "--device foo cannot be used"),
         (("run", "--device", "foo"), "--device foo cannot be used"),
         (("bench", "--device", "foo"), "--device foo cannot be used"),
+        (("run", "--device", "meta"), "--device meta cannot be used here (meta is neither cpu nor cuda)"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", "seed=-1"), "seed: expected a whole number >= 0"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", f"seed={2**32}"), "below 2^32, got 4294967296"),
         (("run", "--time-budget", "nan"), "--time-budget nan: expected a number of seconds above 0"),
         (("run", "--time-budget", "-1"), "--time-budget -1.0: expected"),
         (
@@ -168,6 +267,27 @@ def test_arguments_out_of_range_are_one_sentence(arguments: tuple[str, ...], mes
     assert code == 2
     assert message in output
     assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "koala: interrupted; what is finished is kept, and the same command goes on"),
+        (PermissionError(13, "Permission denied", "/of/others"), 2, "koala: cannot use /of/others: Permission denied"),
+        (OSError("cannot write x:\n make room"), 2, "koala: cannot write x: make room"),
+        (RuntimeError("one\ntwo"), 2, "koala: one two"),
+    ],
+)
+@pytest.mark.parametrize("command", [("list",), ("run",), ("report",), ("references",), ("bench",), ("data", "mnist")])
+def test_no_command_shows_a_traceback(
+    command: tuple[str, ...], error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    for module, name in [(nb, "all_notebooks"), (report, "build"), (steps, "main"), (data, "fetch")]:
+        monkeypatch.setattr(module, name, fails)
+    assert koala(*command) == (code, f"{message}\n")
 
 
 @pytest.mark.parametrize("value", [1e999, float("nan")])

@@ -662,6 +662,45 @@ def test_an_operation_without_a_forward_mode_rule_is_named_with_its_layer(method
         sample_moments(model, cubic, torch.randn(4, 2), torch.randn(4), direction, method=method)
 
 
+class _Doubled(torch.autograd.Function):
+    """An operation of a user's own, as functorch cannot take it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * grad
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Apply(lambda m, x: _Doubled.apply(x)), "setup_context"),
+        (nn.RReLU(), "rrelu_with_noise"),
+        (Apply(lambda m, x: x * x.sum().item()), "item"),
+    ],
+)
+def test_what_torch_cannot_differentiate_by_sample_is_named_with_its_layer(layer: nn.Module, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), layer)
+    direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=rf"cannot differentiate '1' \(\w+\) .*{reason}.*network without it") as error:
+        sample_moments(model, cubic, torch.randn(4, 2), torch.randn(4), direction, method="vmap")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
+@pytest.mark.parametrize(
+    ("wrap", "what"), [(lambda x: (x,), "a tuple"), (lambda x: None, "a None"), (Tensor.long, "torch.int64")]
+)
+def test_losses_that_are_no_tensor_of_real_numbers_are_refused(wrap: Any, what: str, method: str) -> None:
+    with pytest.raises(TypeError, match=f"loss_fn must return a tensor of real floating-point losses, got {what}"):
+        sample_moments(
+            nn.Linear(2, 1), lambda o, y: wrap(cubic(o, y)), torch.randn(3, 2), torch.randn(3), method=method
+        )
+
+
 @pytest.mark.parametrize("method", ["auto", "structured", "vmap"])
 def test_recurrent_layers_have_gradients_but_no_products(method: str) -> None:
     model = Apply(lambda m, x: m.lstm(x)[0][:, -1], lstm=nn.LSTM(2, 3, batch_first=True))

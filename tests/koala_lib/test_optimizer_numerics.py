@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import koala_lib
-from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
+from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV, kalman
 from koala_lib.optim._engine.passes import squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
@@ -373,3 +373,15 @@ def test_converges(case: Case, loss: Callable[[Tensor], Tensor]) -> None:
     left = (float(loss(x).detach()) - best) / (float(loss(start)) - best)
     # A KOALA-V that estimates its process noise starts without any and is slow to wake up.
     assert left < (0.25 if case.name == "V-adaptive" else 0.05)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, float])
+def test_a_covariance_stays_positive_where_rounding_would_take_it_below_zero(kind: Any) -> None:
+    """Position and velocity vary as one, and a nearly exact observation leaves nothing of either."""
+    for i in range(200):
+        A, C = 0.01 + 1e-3 * i, 0.03 + 7e-4 * i
+        B = C * C / A
+        P = kalman.MomentumCovariance(*(kind(value) for value in (A, C, B)))
+        new = kalman.condition_momentum(P, kind(2e38), kind(2e-40))
+        assert float(new.velocity_variance) >= 0
+        assert float(new.covariance) ** 2 <= float(new.variance) * float(new.velocity_variance) * (1 + 1e-6)

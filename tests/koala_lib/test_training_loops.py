@@ -18,7 +18,20 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
-from tests.support.cases import Case, Net, advance, each_case, each_filter, evaluate, kept, losses_of, snapshot, weights
+from tests.support.cases import (
+    Case,
+    Net,
+    advance,
+    assert_same,
+    each_case,
+    each_filter,
+    evaluate,
+    kept,
+    losses_of,
+    snapshot,
+    trained,
+    weights,
+)
 
 # ---- groups and what comes in a user's dictionary
 
@@ -94,6 +107,42 @@ def test_group_dictionaries_can_be_used_again(case: Case) -> None:
                 if not isinstance(start[name], Tensor)
                 else torch.equal(state[name], start[name])
             ), name
+
+
+# ---- states that do not fit
+
+
+@each_case
+@pytest.mark.parametrize("other", ["larger", "in another order"])
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing(case: Case, other: str) -> None:
+    _, optimizer = trained(case, 2)
+    saved, net = optimizer.state_dict(), Net()
+    if other == "larger":
+        net.weight = nn.Parameter(torch.ones(3, 5, dtype=torch.float64))
+    params = list(net.parameters())
+    again = case(params if other == "larger" else params[::-1])
+    before = snapshot(net, again)
+    if not saved["state"]:  # nothing is kept for a weight by itself
+        again.load_state_dict(saved)
+        return
+    with pytest.raises(ValueError, match=r"this state_dict holds '\w+' of shape .* for a parameter of shape .*order"):
+        again.load_state_dict(saved)
+    assert_same(snapshot(net, again), before)
+
+
+@each_case
+def test_a_state_without_an_option_or_of_no_finite_filter_is_refused(case: Case) -> None:
+    net, optimizer = trained(case, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["weight_decay"]
+    with pytest.raises(ValueError, match="a param group of this state_dict has no weight_decay: it was not saved by"):
+        optimizer.load_state_dict(saved)
+    if case.filters:
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["filter"][0] = float("nan")
+        with pytest.raises(ValueError, match=r"the filter in this state_dict of Koala. is not finite"):
+            optimizer.load_state_dict(saved)
+    advance(net, optimizer, [2])
 
 
 # ---- frozen weights
@@ -183,6 +232,24 @@ def test_a_step_that_a_scaler_skipped_is_repeated(case: Case, order: str, to_non
     assert torch.allclose(weights(net), weights(plain), rtol=1e-12, atol=1e-12)
 
 
+@each_filter
+def test_losses_whose_gradients_somebody_else_cleared_do_not_count(case: Case) -> None:
+    """As ``model.zero_grad()`` does between ``predict`` and the forward pass, after a step that a scaler skipped."""
+    net, plain = Net(), Net()
+    optimizer, other = case(net.parameters()), case(plain.parameters())
+    for k in range(3):
+        for j in [77, k] if k == 1 else [k]:
+            optimizer.predict()
+            net.zero_grad()
+            losses = losses_of(net, j)
+            optimizer.observe(losses)
+            losses.mean().backward()
+        optimizer.step()
+    advance(plain, other, range(3))
+    assert torch.equal(weights(net), weights(plain))
+    assert optimizer.filter_state() == other.filter_state()
+
+
 # ---- closures of frameworks
 
 
@@ -222,14 +289,18 @@ def test_a_closure_that_skips_its_batch_is_a_step_without_observation(case: Case
 
 @each_filter
 @pytest.mark.parametrize(
-    "wrap", [lambda x: (x, x), lambda x: {"loss": x}, lambda x: [x]], ids=["tuple", "dict", "list"]
+    "wrap",
+    [lambda x: (x, x), lambda x: {"loss": x}, lambda x: [x], lambda x: x.detach().numpy()],
+    ids=["tuple", "dict", "list", "ndarray"],
 )
 def test_a_closure_that_returns_a_collection_is_told_so_in_a_line(case: Case, wrap: Callable[[Tensor], Any]) -> None:
     net = Net()
     optimizer = case(net.parameters())
-    with pytest.raises(TypeError, match=r"losses must be a tensor or a float, got a (tuple|dict|list)") as error:
+    with pytest.raises(
+        TypeError, match=r"losses must be a tensor or a float, got a (tuple|dict|list|ndarray)"
+    ) as error:
         optimizer.step(lambda: wrap(evaluate(net, optimizer, 0)))
-    assert "tensor(" not in str(error.value)
+    assert len(str(error.value)) < 70
 
 
 @each_filter

@@ -141,6 +141,22 @@ class CheckedOptimizer(torch.optim.Optimizer):
             if isinstance(group[name], Real) and not isinstance(group[name], bool):
                 group[name] = int(group[name]) if name in self.whole_numbers else float(group[name])
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict, unpickling and deepcopy end here: what does not fit is refused before anything has changed
+        name, first = type(self).__name__, next(iter(getattr(self, "param_groups", ())), {})
+        needed = [option for option in first if option in (*self.defaults, *self.made_in_groups)]
+        for group in state.get("param_groups", []):
+            if missing := [option for option in needed if option not in group]:
+                raise ValueError(f"a param group of this state_dict has no {missing[0]}: it was not saved by {name}")
+        for p, kept in state.get("state", {}).items():
+            for entry, value in kept.items() if isinstance(p, Tensor) else ():
+                if isinstance(value, Tensor) and value.dim() and value.shape != p.shape:
+                    raise ValueError(
+                        f"this state_dict holds {entry!r} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(p.shape)}: it belongs to another model, or to the same parameters in another order"
+                    )
+        super().__setstate__(state)
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raise a ValueError or a TypeError that names what is wrong with the options or parameters of a group."""
         raise NotImplementedError

@@ -52,9 +52,10 @@ class Costs:
 
     def add(self, result: RunResult) -> None:
         """Learn from a finished run."""
-        size = samples(result.config)
-        if result.status == "done" and size and result.provenance["device"].startswith(self._device):
-            rate = result.provenance["seconds"] / (size * result.config.epochs)
+        size, seconds = samples(result.config), result.provenance.get("seconds")
+        here = result.provenance.get("device", "").startswith(self._device)
+        if result.status == "done" and size and seconds and here:
+            rate = seconds / (size * result.config.epochs)
             self._runs.setdefault(kind(result.config), []).append(rate)
 
     def seconds(self, config: RunConfig) -> float | None:

@@ -7,7 +7,6 @@ optimizers share weights and gradients and step with a learning rate of 1e-9, wh
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from koala_lab.bench import small
 from koala_lab.bench.timing import Row, interleave, now, spread
 from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, synthetic, with_gradients
 from koala_lab.config import RunConfig
-from koala_lab.files import write_json
+from koala_lab.files import read_json, write_json
 from koala_lab.runs.provenance import device_name, versions
 from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Apollo, KoalaM, KoalaV
@@ -264,8 +263,11 @@ def file() -> Path:
 
 def stored(device: str = "cpu") -> dict[str, Any]:
     """Return the committed results of a kind of device by section, empty where there are none."""
-    content = json.loads(file().read_text()) if file().exists() else {}
-    return dict(content.get(device.partition(":")[0], {}))
+    return dict(_content().get(device.partition(":")[0], {}))
+
+
+def _content() -> dict[str, Any]:
+    return read_json(file()) if file().exists() else {}
 
 
 def provenance(device: str) -> Row:
@@ -296,9 +298,8 @@ def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> Non
 
 def keep(section: str, measured: Callable[[], list[Row]], device: str) -> None:
     """Measure one section, put it into the committed results and print it."""
-    origin = provenance(device)
+    origin, content = provenance(device), _content()  # a damaged file is told before the measurement
     rows = measured()
-    content = json.loads(file().read_text()) if file().exists() else {}
     content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
     write_json(file(), content)
     print(f"\n{section}: {origin['device']}, {origin['threads']} thread(s), load {origin['load']}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 
 from koala_lab import paths
-from koala_lab.checks import check_known
+from koala_lab.checks import check_fields, check_known
 from koala_lab.claims.schema import ANY, TESTS, Claim, Criterion, read
 from koala_lab.claims.statistics import interval, spreads
 from koala_lab.parameters import PRESETS
@@ -74,6 +74,18 @@ class Verdict:
     share: str = ""
     setting: str = ""
     rates: str = ""
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Verdict:
+        """Return the verdict with the fields of a mapping.
+
+        Raises:
+            ValueError, TypeError: If a field is missing, unknown or of another type.
+        """
+        verdict = cls(**entry)
+        check_fields(vars(verdict), {f.name: int if f.name == "n" else str for f in fields(cls)})
+        check_known("status", verdict.status, STATUSES)
+        return verdict
 
     @property
     def decided(self) -> bool:

@@ -9,7 +9,6 @@ images drawn from a Gaussian. `koala references` computes them once and stores t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from koala_lab import paths
+from koala_lab.files import read_json
 
 Array = np.ndarray[Any, Any]
 
@@ -57,12 +57,23 @@ def key(task: str, dataset: str, train_size: int | None, task_args: Mapping[str,
 
 def load() -> dict[str, Reference]:
     """Return all stored references by key; none if there is no file."""
+    return {k: Reference(e["metric"], float(e["value"]), e["model"], e["higher"]) for k, e in entries().items()}
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    """Return what the file holds by key, with provenance; nothing if there is no file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     if not file().exists():
         return {}
     try:
-        entries = json.loads(file().read_text(encoding="utf-8"))["references"]
-        return {k: Reference(e["metric"], float(e["value"]), e["model"], e["higher"]) for k, e in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        found: dict[str, dict[str, Any]] = read_json(file())["references"]
+        for entry in found.values():
+            Reference(entry["metric"], float(entry["value"]), entry["model"], entry["higher"])
+        return found
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file()} is no file of references ({error!r}): restore it from git") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from warnings import warn
 from koala_lab import paths
 from koala_lab.claims.judge import MIXED, NOT_RUN, STATUSES, Verdict, available, find, load
 from koala_lab.claims.schema import ANY, Claim
-from koala_lab.files import set_aside, write_json
+from koala_lab.files import read_json, set_aside, write_json
 from koala_lab.parameters import PRESETS
 
 NOT_YET = "not run yet"
@@ -92,19 +91,30 @@ def write_verdicts(verdicts: Iterable[Verdict], path: Path) -> Path:
 def saved(folder: Path | None = None) -> list[Verdict]:
     """Read all verdicts below a folder, by default ``report/verdicts``, in the order of the file names.
 
-    A damaged file is set aside, and verdicts on claims that are no more are left out, each with a warning.
+    A damaged file is set aside with a warning. Verdicts are left out, with a warning, if their claim is no more, has
+    changed since, or is judged by another notebook whose verdicts are there.
     """
-    known = {claim_id for paper in available() for claim_id in load(paper)}
+    root = folder or paths.report_dir() / "verdicts"
+    known = {claim_id: claim for paper in available() for claim_id, claim in load(paper).items()}
+
+    def stale(verdict: Verdict, path: Path) -> bool:
+        claim = known.get(verdict.claim_id)
+        if claim is None or not _fits(verdict, claim):
+            return True
+        own = root / f"{claim.notebook}.json"
+        return own != path and own.exists()
+
     found = []
-    for path in sorted((folder or paths.report_dir() / "verdicts").rglob("*.json")):
+    for path in sorted(root.rglob("*.json")):
         try:
             verdicts = read_verdicts(path)
         except ValueError as error:
             set_aside(path, error.__cause__ or error, "the report is made without it; run its notebook again")
             continue
-        if old := [v.claim_id for v in verdicts if v.claim_id not in known]:
-            warn(f"{path} has verdicts on claims that are no more, which are left out: {', '.join(old)}", stacklevel=2)
-        found += [v for v in verdicts if v.claim_id in known]
+        if old := [v.claim_id for v in verdicts if stale(v, path)]:
+            left = f"which are left out; run its notebook again, or remove it: {', '.join(old)}"
+            warn(f"{path} has verdicts on claims that are no more, have changed or have moved, {left}", stacklevel=2)
+        found += [v for v in verdicts if not stale(v, path)]
     return found
 
 
@@ -113,9 +123,14 @@ def read_verdicts(path: Path) -> list[Verdict]:
     if not path.exists():
         return []
     try:
-        return [Verdict(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["verdicts"]]
+        return [Verdict.from_json(entry) for entry in read_json(path)["verdicts"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of verdicts ({error}); run its notebook again") from error
+        raise ValueError(f"{path} is no file of verdicts ({error!r}): {restored(path)}") from error
+
+
+def restored(path: Path) -> str:
+    """Say how a damaged file of verdicts is made whole."""
+    return "restore it from git" if path.is_relative_to(paths.results_dir()) else "run its notebook again"
 
 
 def differences(here: Iterable[Verdict], there: Iterable[Verdict]) -> list[str]:
@@ -200,15 +215,20 @@ def _by_claim(verdicts: Iterable[Verdict]) -> _Judged:
     judged: dict[tuple[str, str], Verdict] = {}
     for verdict in verdicts:
         claim = find(verdict.claim_id)
-        preset = PRESETS[0] if verdict.preset == ANY else verdict.preset
-        lists = claim.scale_free if verdict.preset == ANY else verdict.preset in claim.judge
-        fits = verdict.status in STATUSES and (verdict.status == NOT_RUN) != lists and preset in PRESETS
-        if not fits or verdict.paper != claim.paper:
+        if not _fits(verdict, claim):
             where = f"{claim.id}: the verdict at {verdict.preset!r}"
             raise ValueError(f"{where} is out of date; run {claim.notebook} again")
         if judged.setdefault((claim.id, verdict.preset), verdict) != verdict:
             raise ValueError(f"{claim.id}: two different verdicts at {verdict.preset!r}")
     return judged
+
+
+def _fits(verdict: Verdict, claim: Claim) -> bool:
+    """Say whether a verdict judges a claim as it stands now."""
+    preset = PRESETS[0] if verdict.preset == ANY else verdict.preset
+    lists = claim.scale_free if verdict.preset == ANY else verdict.preset in claim.judge
+    listed = verdict.status in STATUSES and (verdict.status == NOT_RUN) != lists and preset in PRESETS
+    return listed and verdict.paper == claim.paper
 
 
 def _group(title: str, group: list[Claim], judged: _Judged) -> list[str]:

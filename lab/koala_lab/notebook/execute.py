@@ -124,6 +124,7 @@ def execute(path: Path, output: Path, values: Mapping[str, Any]) -> None:
 
     Raises:
         NotebookFailed: Naming the failed cell, its error and the kept file.
+        OSError: If it cannot be written; what stood at ``output`` is untouched.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = output.with_name(f"{output.stem}.failed.ipynb")
@@ -149,6 +150,11 @@ def execute(path: Path, output: Path, values: Mapping[str, Any]) -> None:
             raise NotebookFailed(_sentence(path, kept, error)) from None
         except DeadKernelError:
             raise NotebookFailed(f"{nb.name_of(path)}: the kernel died; {kept} shows how far it came") from None
+        except OSError as error:  # of a full disk; what is there of the kept file is of no use
+            kept.unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write {kept}: {error.strerror or error}; {output} is as it was; make room and start again"
+            ) from error
         except RuntimeError as error:  # jupyter_client's error for a kernel that never answered
             if attempt == 2 or "Kernel" not in str(error):
                 raise

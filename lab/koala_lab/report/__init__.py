@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 import warnings
@@ -13,7 +12,7 @@ import mistune
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
-from koala_lab.files import write_bytes
+from koala_lab.files import read_json, write_bytes
 from koala_lab.report import overview
 
 _PAGE = """<!doctype html>
@@ -83,12 +82,18 @@ def differences(folder: Path | None = None) -> list[str]:
     Args:
         folder: Such as the ``verdicts`` of a report that was made under another kernel path.
     """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of verdicts")
     there = claims.read_verdicts(committed()) if folder is None else claims.saved(folder)
     return claims.differences(claims.saved(), there)
 
 
 def _differences() -> str:
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in differences())
+    try:
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in differences())
+    except ValueError as error:  # the committed verdicts are damaged, which the rest of the page does not need
+        warnings.warn(f"{error}; the report does not say where it differs from them", stacklevel=2)
+        return ""
     return f"<p>This machine's verdicts that differ from the committed ones:</p><ul>{lines}</ul>" if lines else ""
 
 
@@ -117,16 +122,16 @@ def _figures(folder: Path) -> str:
     blocks = []
     for sidecar in sorted(paths.figures_dir().rglob("*.json")):
         try:
-            origin = json.loads(sidecar.read_text(encoding="utf-8"))
-        except ValueError as error:
+            origin = read_json(sidecar)
+            if "notebook" not in origin:  # the picture of the README
+                continue
+            name, runs = html.escape(origin["notebook"]), len(origin["runs"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             warnings.warn(
-                f"{sidecar} is no file of a figure ({error}), which is left out: run its notebook", stacklevel=2
+                f"{sidecar} is no file of a figure ({error!r}), which is left out: run its notebook", stacklevel=2
             )
             continue
-        if "notebook" not in origin:  # the picture of the README
-            continue
         stem = html.escape(Path(os.path.relpath(sidecar.with_suffix(""), folder)).as_posix())
-        name, runs = html.escape(origin["notebook"]), len(origin["runs"])
         title = html.escape(sidecar.relative_to(paths.figures_dir()).with_suffix("").as_posix())
         caption = f'{title} (<a href="{stem}.pdf">PDF</a>), from '
         caption += f'<a href="notebooks/{name}.html">{name}</a>' + (f", {runs} runs" if runs else "")

@@ -82,10 +82,7 @@ def store(configs: Iterable[RunConfig], say: Callable[[str], Any] = print) -> No
         configs: The runs.
         say: Called with a line per reference.
     """
-    import json
-
-    path = references.file()
-    entries = json.loads(path.read_text(encoding="utf-8"))["references"] if path.exists() else {}
+    path, entries = references.file(), references.entries()
     for config in configs:
         key = key_of(config)
         if key in entries:

@@ -6,7 +6,6 @@ are committed in ``data/results/<preset>/<notebook>.json`` and count as finished
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from koala_lab import paths
 from koala_lab.config import RunConfig
-from koala_lab.files import set_aside, write_json
+from koala_lab.files import read_json, set_aside, write_json
 from koala_lab.runs.training import RunResult, train
 
 SHARED = 0o666  # of lock files: users of one store must be able to take each other's
@@ -40,11 +39,11 @@ class Store:
         path = self.root / key / "run.json"
         if path.exists():
             try:
-                result = RunResult.from_json(json.loads(path.read_text()))
+                result = RunResult.from_json(read_json(path))
                 if result.key != key:
                     raise ValueError(f"it is run {result.key}")
                 return result
-            except (ValueError, KeyError, TypeError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 set_aside(path, error, "the run will be repeated")
         if self._committed is None:
             self._committed = {r.key: r for r in _all_committed()}
@@ -158,8 +157,8 @@ def read_results(file: Path) -> list[RunResult]:
     if not file.exists():
         return []
     try:
-        return [RunResult.from_json(record) for record in json.loads(file.read_text())["runs"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return [RunResult.from_json(record) for record in read_json(file)["runs"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no file of results ({error!r}): restore it from git") from error
 
 
@@ -183,7 +182,7 @@ def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunRe
         old = read_results(file)
         have = {r.key: r for r in [*old, *results]}
         configs = {c.key: c for c in grid}
-        tagged = [r for r in old if r.provenance["data"]["tag"] and r.config in configs.values()]
+        tagged = [r for r in old if r.provenance.get("data", {}).get("tag") and r.config in configs.values()]
         new = [have[key] for key in configs if key in have]
         new += [r for r in tagged if r.key not in configs]
         if new != old:

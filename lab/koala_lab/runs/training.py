@@ -22,6 +22,7 @@ from torch.optim import swa_utils
 
 from koala_lab import tasks
 from koala_lab.baselines.registry import OPTIMIZERS, create, lookahead
+from koala_lab.checks import check_fields, check_known
 from koala_lab.config import RunConfig
 from koala_lab.files import read_torch, set_aside, write_torch
 from koala_lab.runs.provenance import provenance
@@ -67,7 +68,19 @@ class RunResult:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> RunResult:
-        """Return the result that :meth:`to_json` wrote."""
+        """Return the result that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: If a field is missing or of another type.
+        """
+        kinds = {"key": str, "config": dict, "epochs": list, "provenance": dict, "failed_step": int | None}
+        check_fields(record, kinds)
+        known = {"data": dict, "device": str, "seconds": float | int}
+        check_fields(record["provenance"], {name: known[name] for name in known if name in record["provenance"]})
+        check_known("status", record["status"], ("done", "failed"))
+        for metrics in record["epochs"]:
+            check_fields({"epochs": metrics}, {"epochs": dict})
+            check_fields(metrics, dict.fromkeys(metrics, float | int))
         return cls(
             key=record["key"],
             config=RunConfig.from_dict(record["config"]),

@@ -24,7 +24,7 @@ from koala_lab.bench.timing import interleave, now
 from koala_lab.bench.traffic import Factory, Traffic, memory, peak, step, traffic
 from koala_lab.config import RunConfig
 from koala_lab.runs.training import TrainingRun, train
-from koala_lib.optim import KoalaM
+from koala_lib.optim import KoalaM, KoalaPlusPlus
 
 # ---------------------------------------------------------------- time
 
@@ -235,7 +235,10 @@ def allocated(job: Callable[[], object]) -> tuple[int, int]:
     return peak, alive
 
 
-FOREACH = {"KOALA-M, foreach": lambda p: KoalaM(p, 1e-9, foreach=True)}
+FOREACH = {
+    "KOALA-M, foreach": lambda p: KoalaM(p, 1e-9, foreach=True),
+    "KOALA++, foreach": lambda p: KoalaPlusPlus(p, 1e-9, foreach=True),
+}
 
 
 @pytest.mark.parametrize("create", [*bench.CONTENDERS.values(), *FOREACH.values()], ids=[*bench.CONTENDERS, *FOREACH])
@@ -254,6 +257,21 @@ def test_traffic_of_the_fused_optimizers_is_that_of_their_formulas(name: str, re
     operations = traffic(bench.CONTENDERS[name], params).operations
     assert sum(r["reads"] for r in operations) == pytest.approx(reads * 40_000, rel=0.01)
     assert sum(r["writes"] for r in operations) == pytest.approx(writes * 40_000, rel=0.01)
+
+
+@pytest.mark.parametrize("foreach", [None, True])
+def test_the_traffic_of_koala_plus_plus(foreach: bool | None) -> None:
+    """A step reads and writes every weight, gradient and vector a fixed number of times, in few operations per list."""
+
+    def create(params: list[nn.Parameter]) -> KoalaPlusPlus:
+        return KoalaPlusPlus(params, 1e-9, foreach=foreach)
+
+    operations = traffic(create, bench.synthetic(4_000_000, tensors=4)).operations
+    assert {r["phase"] for r in operations if max(r["reads"], r["writes"]) > 1000} == {"update"}
+    assert sum(r["writes"] for r in operations) == pytest.approx(10 * 4_000_000, rel=0.01)
+    assert sum(r["reads"] for r in operations) == pytest.approx(23 * 4_000_000, rel=0.01)
+    few, many = (len(traffic(create, bench.synthetic(1000 * n, tensors=n)).operations) for n in (10, 20))
+    assert many - few == 3 * 10, "sums of three products are all that a tensor of a list asks for by itself"
 
 
 def test_the_phases_of_koala_are_all_of_its_step() -> None:

@@ -181,8 +181,8 @@ def test_a_state_of_version_0_1_goes_on(
 def test_a_state_of_another_optimizer_is_refused(case: Case) -> None:
     net, optimizer = trained(case, 3)
     before = snapshot(net, optimizer)
-    (other, *_) = (c for c in FILTERS if c.factory is not case.factory)
-    for stranger in (SGD(net.parameters(), lr=0.1), other(net.parameters())):
+    others = {c.factory: c for c in FILTERS if c.factory is not case.factory}.values()
+    for stranger in (SGD(net.parameters(), lr=0.1), *(other(net.parameters()) for other in others)):
         with pytest.raises(ValueError, match=f"no filter of {case.factory.__name__}.*another optimizer"):
             optimizer.load_state_dict(stranger.state_dict())
     assert_same(snapshot(net, optimizer), before)
@@ -201,6 +201,15 @@ def test_a_filter_that_comes_in_float32_copies_is_one_in_float64_again(case: Cas
     first, second = (group["filter"] for group in optimizer.param_groups)
     assert first is second
     assert first.dtype == torch.float64
+
+
+@each_case
+def test_a_state_can_be_loaded_again_and_again(case: Case) -> None:
+    net, optimizer = trained(case, 2)
+    before = snapshot(net, optimizer)
+    for _ in range(3):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(snapshot(net, optimizer), before)
 
 
 @each_filter

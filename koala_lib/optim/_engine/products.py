@@ -27,10 +27,12 @@ from koala_lib.optim._engine.passes import (
 def _measure(
     params: list[Tensor], grads: list[Tensor], last: list[Tensor], products: list[Tensor], weight_decay: float
 ) -> Tensor:
-    """Return the rows |g|^2, |h|^2, |x|^2, |H|^2, h^T H, h^T v and H^T v of every tensor, (7, n)."""
-    h = decayed(params, grads, weight_decay)
-    rows = [squared_norms(tensors) for tensors in (grads, h, params, last)]
-    rows += [inner_products(*pair) for pair in ((h, last), (h, products), (last, products))]
+    """Return the rows |g|^2, |h|^2, |x|^2 (0 without decay), |H|^2, h^T H, h^T v and H^T v of every tensor, (7, n)."""
+    h, raw = decayed(params, grads, weight_decay), squared_norms(grads)
+    rows = [raw, raw, torch.zeros_like(raw)]
+    if torch.is_tensor(weight_decay) or weight_decay:
+        rows = [raw, squared_norms(h), squared_norms(params)]
+    rows += [squared_norms(last), inner_products(h, last), inner_products(h, products), inner_products(last, products)]
     return torch.stack(rows)
 
 
@@ -60,13 +62,14 @@ def _revise(
         v, H, g = wide(products), wide(last), wide(h)
     if isinstance(from_product, list):
         torch._foreach_mul_(v, from_product)
+        directions = list(torch._foreach_mul(g, noises))
     else:
         for t, factor in zip(v, from_product, strict=True):
             t.mul_(factor)
+        directions = [t * factor for t, factor in zip(g, noises, strict=True)]
     add(v, H, from_last)
     add(v, g, from_gradient)
-    directions = [t.clone() for t in v]
-    add(directions, g, noises)
+    torch._foreach_add_(directions, v)
     add(params, directions, steps, sign=-1)
     average(last, h, taken)
     if half:

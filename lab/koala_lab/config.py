@@ -51,6 +51,8 @@ class RunConfig:
         warmup_steps: for so many steps the learning rate rises linearly from ``warmup_init_lr`` at the first step to
             the optimizer's ``lr``, whatever the schedule says meanwhile.
         warmup_init_lr: where it starts.
+        inverse_sqrt: instead of milestones, after the warm-up: the learning rate of step t is lr sqrt(warmup_steps / t)
+            (Vaswani et al., NeurIPS 2017, section 5.3). The ``lr`` of an epoch's metrics is the one before this factor.
         seed: seed of the initial weights, the order of the samples and the augmentation.
         precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward; an LSTM stays in float32 on a
             processor that cannot compute it in bfloat16.
@@ -77,6 +79,7 @@ class RunConfig:
     final_lr: float | None = None
     warmup_steps: int = 0
     warmup_init_lr: float = 0.0
+    inverse_sqrt: bool = False
     seed: int = 0
     precision: str = "float32"
 
@@ -106,6 +109,8 @@ class RunConfig:
             check_number("final_lr", self.final_lr)
             if self.milestones:
                 raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
+        if self.inverse_sqrt and (not self.warmup_steps or self.milestones or self.final_lr is not None):
+            raise ValueError("inverse_sqrt=True needs warmup_steps of 1 or more, and neither milestones nor final_lr")
         if self.warmup_steps and self.optimizer in OWN_WARM_UP:
             raise ValueError(f"optimizer={self.optimizer!r} warms up by itself: put warmup_steps into optimizer_args")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
@@ -117,6 +118,36 @@ class RunConfig:
     def but(self, **changes: Any) -> RunConfig:
         """Return a copy with other values."""
         return replace(self, **changes)
+
+    def scaled(self, factor: float) -> RunConfig:
+        """Return the run at a multiple of its learning rate, with weight decay divided by it: their product stays.
+
+        The rates at which a warm-up starts and a cosine schedule ends go with it. Six digits are kept.
+
+        >>> run = RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+        >>> dict(run.scaled(3).optimizer_args)
+        {'lr': 0.3}
+        """
+
+        def times(value: float | None, by: float) -> float | None:
+            return None if value is None else float(f"{value * by:.6g}")
+
+        if "lr" not in dict(self.optimizer_args):
+            raise ValueError(f"{self.label}: no lr is given, so there is none to scale; put it into optimizer_args")
+        powers = {"lr": factor, "warmup_init_lr": factor, "weight_decay": 1 / factor}
+        args = {name: times(v, powers[name]) if name in powers else v for name, v in self.optimizer_args}
+        start, end = times(self.warmup_init_lr, factor), times(self.final_lr, factor)
+        return self.but(optimizer_args=args, warmup_init_lr=start, final_lr=end)
+
+    def shortened(self, epochs: int) -> RunConfig:
+        """Return the run with so many epochs, its milestones and warm-up at the same shares of it."""
+
+        def share(steps: int) -> int:
+            return math.ceil(steps * epochs / self.epochs)
+
+        args = {name: share(v) if name == "warmup_steps" else v for name, v in self.optimizer_args}
+        drops = [round(m * epochs / self.epochs) for m in self.milestones]
+        return self.but(epochs=epochs, optimizer_args=args, warmup_steps=share(self.warmup_steps), milestones=drops)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, as JSON has them."""

@@ -85,6 +85,21 @@ def test_everything_in_a_config_changes_its_key(monkeypatch: pytest.MonkeyPatch)
     assert len(keys | {QUICK.key}) == len(changes) + 1
 
 
+def test_a_run_at_another_rate_or_length_keeps_its_proportions() -> None:
+    apollo = {"lr": 0.01, "weight_decay": 2.5e-4, "warmup_steps": 100, "warmup_init_lr": 1e-5, "eps": 1e-4}
+    run = QUICK.but(optimizer="apollo", optimizer_args=apollo, epochs=40, milestones=(20, 30))
+    scaled = dict(run.scaled(3).optimizer_args)
+    assert scaled == apollo | {"lr": 0.03, "weight_decay": 8.33333e-5, "warmup_init_lr": 3e-5}
+    short = run.shortened(10)
+    assert (short.epochs, short.milestones, dict(short.optimizer_args)["warmup_steps"]) == (10, (5, 8), 25)
+    assert run.scaled(1) == run.shortened(40) == run
+    ramp = {"warmup_steps": 3, "warmup_init_lr": 1e-4, "final_lr": 1e-3, "milestones": ()}
+    cosine = QUICK.but(**ramp, epochs=4).scaled(10).shortened(1)
+    assert (cosine.warmup_steps, cosine.warmup_init_lr, cosine.final_lr) == (1, 1e-3, 1e-2)
+    none = run.but(optimizer_args=apollo | {"warmup_init_lr": None})
+    assert dict(none.scaled(3).optimizer_args)["warmup_init_lr"] is None
+
+
 def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     before = QUICK.key
     monkeypatch.setitem(config.VERSION, "koala_m", config.VERSION["koala_m"] + 1)

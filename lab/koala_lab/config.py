@@ -132,10 +132,11 @@ class RunConfig:
         def times(value: float | None, by: float) -> float | None:
             return None if value is None else float(f"{value * by:.6g}")
 
-        if "lr" not in dict(self.optimizer_args):
+        given = dict(self.optimizer_args)
+        if "lr" not in given:
             raise ValueError(f"{self.label}: no lr is given, so there is none to scale; put it into optimizer_args")
         powers = {"lr": factor, "warmup_init_lr": factor, "weight_decay": 1 / factor}
-        args = {name: times(v, powers[name]) if name in powers else v for name, v in self.optimizer_args}
+        args = {name: times(v, powers[name]) if name in powers else v for name, v in given.items()}
         start, end = times(self.warmup_init_lr, factor), times(self.final_lr, factor)
         return self.but(optimizer_args=args, warmup_init_lr=start, final_lr=end)
 
@@ -145,7 +146,7 @@ class RunConfig:
         def share(steps: int) -> int:
             return math.ceil(steps * epochs / self.epochs)
 
-        args = {name: share(v) if name == "warmup_steps" else v for name, v in self.optimizer_args}
+        args = {name: share(v) if name == "warmup_steps" else v for name, v in dict(self.optimizer_args).items()}
         drops = [round(m * epochs / self.epochs) for m in self.milestones]
         return self.but(epochs=epochs, optimizer_args=args, warmup_steps=share(self.warmup_steps), milestones=drops)
 

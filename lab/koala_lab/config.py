@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
@@ -51,6 +52,8 @@ class RunConfig:
         warmup_steps: for so many steps the learning rate rises linearly from ``warmup_init_lr`` at the first step to
             the optimizer's ``lr``, whatever the schedule says meanwhile.
         warmup_init_lr: where it starts.
+        inverse_sqrt: instead of milestones, after the warm-up: the learning rate of step t is lr sqrt(warmup_steps / t)
+            (Vaswani et al., NeurIPS 2017, section 5.3). The ``lr`` of an epoch's metrics is the one before this factor.
         seed: seed of the initial weights, the order of the samples and the augmentation.
         precision: ``"float32"``, or ``"bfloat16"`` for autocast in forward and backward; an LSTM stays in float32 on a
             processor that cannot compute it in bfloat16.
@@ -77,6 +80,7 @@ class RunConfig:
     final_lr: float | None = None
     warmup_steps: int = 0
     warmup_init_lr: float = 0.0
+    inverse_sqrt: bool = False
     seed: int = 0
     precision: str = "float32"
 
@@ -109,12 +113,45 @@ class RunConfig:
             check_number("final_lr", self.final_lr)
             if self.milestones:
                 raise ValueError("final_lr asks for a cosine schedule and milestones for steps: give one of them")
+        if self.inverse_sqrt and (not self.warmup_steps or self.milestones or self.final_lr is not None):
+            raise ValueError("inverse_sqrt=True needs warmup_steps of 1 or more, and neither milestones nor final_lr")
         if self.warmup_steps and OPTIMIZERS[self.optimizer].own_warm_up:
             raise ValueError(f"optimizer={self.optimizer!r} warms up by itself: put warmup_steps into optimizer_args")
 
     def but(self, **changes: Any) -> RunConfig:
         """Return a copy with other values."""
         return replace(self, **changes)
+
+    def scaled(self, factor: float) -> RunConfig:
+        """Return the run at a multiple of its learning rate, with weight decay divided by it: their product stays.
+
+        The rates at which a warm-up starts and a cosine schedule ends go with it. Six digits are kept.
+
+        >>> run = RunConfig(dataset="digits", model="resnet8", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+        >>> dict(run.scaled(3).optimizer_args)
+        {'lr': 0.3}
+        """
+
+        def times(value: float | None, by: float) -> float | None:
+            return None if value is None else float(f"{value * by:.6g}")
+
+        given = dict(self.optimizer_args)
+        if "lr" not in given:
+            raise ValueError(f"{self.label}: no lr is given, so there is none to scale; put it into optimizer_args")
+        powers = {"lr": factor, "warmup_init_lr": factor, "weight_decay": 1 / factor}
+        args = {name: times(v, powers[name]) if name in powers else v for name, v in given.items()}
+        start, end = times(self.warmup_init_lr, factor), times(self.final_lr, factor)
+        return self.but(optimizer_args=args, warmup_init_lr=start, final_lr=end)
+
+    def shortened(self, epochs: int) -> RunConfig:
+        """Return the run with so many epochs, its milestones and warm-up at the same shares of it."""
+
+        def share(steps: int) -> int:
+            return math.ceil(steps * epochs / self.epochs)
+
+        args = {name: share(v) if name == "warmup_steps" else v for name, v in dict(self.optimizer_args).items()}
+        drops = [round(m * epochs / self.epochs) for m in self.milestones]
+        return self.but(epochs=epochs, optimizer_args=args, warmup_steps=share(self.warmup_steps), milestones=drops)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, as JSON has them."""

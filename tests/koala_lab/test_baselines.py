@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from koala_lab import tasks
+from koala_lab.baselines.apollo_readme import image_rows
 from koala_lab.baselines.registry import OPTIMIZERS, lookahead
 from koala_lab.config import RunConfig
 from koala_lab.runs import training as train
@@ -495,3 +496,24 @@ def test_swa_evaluates_the_mean_of_the_weights_with_its_own_statistics(monkeypat
         variance = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in batches]).mean(0)
         torch.testing.assert_close(theirs[f"{name}.running_mean"], mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(theirs[f"{name}.running_var"], variance, rtol=1e-4, atol=1e-5)
+
+
+def test_apollos_image_rows_are_the_readmes() -> None:
+    """Table and commands of XuezheMax/apollo at 7adf28f: rates, weight decays, warm-ups; ImageNet has other decays."""
+    cifar, imagenet = image_rows(500), image_rows(500, "imagenet")
+    wanted = {  # rate, decay on CIFAR-10 and on ImageNet, where the warm-up starts
+        "sgd": (0.1, 5e-4, 1e-4, None), "adam": (1e-3, 0.25, 0.1, None), "radam": (1e-3, 0.25, 0.1, None),
+        "adabelief": (1e-3, 0.25, 0.1, None), "adahessian": (0.15, 1e-3, 1e-3, 1e-3),
+        "apollo": (0.01, 2.5e-4, 1e-4, 1e-5), "apollow": (0.01, 2.5e-2, 1e-2, 1e-5),
+    }  # fmt: skip
+    for row, (lr, decay, of_imagenet, start) in wanted.items():
+        args = cifar[row]["optimizer_args"]
+        assert (args["lr"], args["weight_decay"]) == (lr, decay)
+        assert imagenet[row]["optimizer_args"]["weight_decay"] == of_imagenet
+        assert args.get("warmup_init_lr", cifar[row].get("warmup_init_lr")) == start
+    for name, fields in cifar.items():
+        config = RunConfig(dataset="digits", model="resnet8", epochs=1, **fields)
+        OPTIMIZERS[config.optimizer]([nn.Parameter(torch.zeros(2))], **dict(config.optimizer_args))
+        warm = config.warmup_steps or dict(config.optimizer_args).get("warmup_steps", 0)
+        assert warm == (500 if name.startswith("apollo") or name in ("adahessian", "sgd_equivalent") else 0)
+    assert not image_rows(0)["adahessian"].get("warmup_steps")

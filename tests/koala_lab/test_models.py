@@ -40,7 +40,7 @@ def test_parameter_count_of_resnet18_in_the_paper() -> None:
     assert count(on_meta("resnet18", num_classes=10)) == 11_173_962
 
 
-@pytest.mark.parametrize(("name", "depth", "width"), [("resnet8", 1, 8), ("resnet110", 18, 16)])
+@pytest.mark.parametrize(("name", "depth", "width"), [("resnet8", 1, 8), ("resnet56", 9, 16), ("resnet110", 18, 16)])
 def test_parameter_count_of_the_thin_networks(name: str, depth: int, width: int) -> None:
     def block(a: int, b: int) -> int:
         shortcut = a * b + 2 * b if a != b else 0

@@ -77,11 +77,27 @@ def test_everything_in_a_config_changes_its_key(monkeypatch: pytest.MonkeyPatch)
         "final_lr": 0.0,
         "warmup_steps": 5,
         "warmup_init_lr": 0.1,
+        "inverse_sqrt": True,
     }
     assert set(changes) == set(QUICK.to_dict())
-    cosine = {"milestones": ()}  # final_lr excludes them
-    keys = {QUICK.but(**{name: value} | (cosine if name == "final_lr" else {})).key for name, value in changes.items()}
+    needed = {"final_lr": {"milestones": ()}, "inverse_sqrt": {"milestones": (), "warmup_steps": 5}}
+    keys = {QUICK.but(**{name: value} | needed.get(name, {})).key for name, value in changes.items()}
     assert len(keys | {QUICK.key}) == len(changes) + 1
+
+
+def test_a_run_at_another_rate_or_length_keeps_its_proportions() -> None:
+    apollo = {"lr": 0.01, "weight_decay": 2.5e-4, "warmup_steps": 100, "warmup_init_lr": 1e-5, "eps": 1e-4}
+    run = QUICK.but(optimizer="apollo", optimizer_args=apollo, epochs=40, milestones=(20, 30))
+    scaled = dict(run.scaled(3).optimizer_args)
+    assert scaled == apollo | {"lr": 0.03, "weight_decay": 8.33333e-5, "warmup_init_lr": 3e-5}
+    short = run.shortened(10)
+    assert (short.epochs, short.milestones, dict(short.optimizer_args)["warmup_steps"]) == (10, (5, 8), 25)
+    assert run.scaled(1) == run.shortened(40) == run
+    ramp = {"warmup_steps": 3, "warmup_init_lr": 1e-4, "final_lr": 1e-3, "milestones": ()}
+    cosine = QUICK.but(**ramp, epochs=4).scaled(10).shortened(1)
+    assert (cosine.warmup_steps, cosine.warmup_init_lr, cosine.final_lr) == (1, 1e-3, 1e-2)
+    none = run.but(optimizer_args=apollo | {"warmup_init_lr": None})
+    assert dict(none.scaled(3).optimizer_args)["warmup_init_lr"] is None
 
 
 def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +123,8 @@ def test_key_follows_data_and_algorithm(monkeypatch: pytest.MonkeyPatch) -> None
         ({"milestones": (3, 1)}, r"milestones must be increasing epochs, got \(3, 1\)"),
         ({"gamma": 0}, r"gamma must be a finite number in \(0, 1\], got 0"),
         ({"final_lr": -1.0, "milestones": ()}, r"final_lr must be a finite number >= 0, got -1\.0"),
+        ({"inverse_sqrt": True, "warmup_steps": 3}, "inverse_sqrt=True needs warmup_steps of 1 or more, and neither"),
+        ({"inverse_sqrt": True, "milestones": ()}, "inverse_sqrt=True needs warmup_steps of 1 or more, and neither"),
         ({"final_lr": 0.0}, "final_lr asks for a cosine schedule and milestones for steps"),
         ({"warmup_steps": 2.5}, r"warmup_steps must be a whole number >= 0, got 2\.5"),
         ({"warmup_init_lr": float("nan")}, "warmup_init_lr must be a finite number >= 0, got nan"),
@@ -192,6 +210,21 @@ def test_a_run_of_apollo_says_how_many_weights_are_above_the_floor() -> None:
     assert 0 < result.final["above_floor"] < 1
     flat = config.but(optimizer_args={"lr": 0.05, "warmup_steps": 0, "eps": 1e6})
     assert train.train(flat).final["above_floor"] == 0
+
+
+def test_a_warm_up_rises_and_the_inverse_square_root_falls_from_its_end() -> None:
+    """lr min(t / w, sqrt(w / t)), which is fairseq's, step by step over an epoch's end; with 5 steps in an epoch."""
+    ramp = {"warmup_steps": 4, "inverse_sqrt": True, "milestones": ()}
+    run = train.TrainingRun(QUICK.but(optimizer="sgd", optimizer_args={"lr": 0.1}, **ramp), torch.device("cpu"))
+    rates = []
+    for _ in range(2):
+        run.begin_epoch()
+        for batch in run.task.batches(run.epoch, run.step):
+            with run.warm_up():
+                rates.append(run.optimizers["network"].param_groups[0]["lr"])
+            run.train_step(batch)
+        run.end_epoch()
+    assert rates == pytest.approx([0.1 * min(t / 4, math.sqrt(4 / max(t, 1))) for t in range(10)])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])

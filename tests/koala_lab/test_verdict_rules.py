@@ -225,6 +225,16 @@ def test_a_rate_that_is_not_chosen_fairly_decides_nothing(bar: Path, grid: dict[
     assert (verdict.status, verdict.detail) == ("inconclusive", reason)
 
 
+def test_at_the_papers_scale_one_rate_is_the_one_that_its_authors_chose(bar: Path) -> None:
+    frame, own = tuned({0.01: 5.0, 0.1: 2.5, 1.0: 9.0}), {"a": "own", "b": "own"}
+    single = frame[frame["candidate"] == 0]
+    at_scale = claim("better", at="paper", kind="ordering", subject="a", against=("b",), unit="%", rates=own)
+    assert verdict_of(single, at_scale, "paper").rates == "as printed"
+    assert verdict_of(single, at_scale, "paper").status == "reproduced"
+    assert verdict_of(frame, at_scale, "paper").rates == "by validation: a 0.1, b 0.1"
+    assert "of at least 3 candidate rates" in verdict_of(single, ordering(rates=own)).detail
+
+
 def test_a_row_may_take_the_rate_of_another(bar: Path) -> None:
     frame = tuned({0.01: 5.0, 0.1: 3.5, 1.0: 2.2})
     verdict = verdict_of(frame, ordering(rates={"a": "own", "b": "a"}))

@@ -74,11 +74,14 @@ def _by_case(frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
 
 
 def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset: str) -> Verdict:
-    choices = choose(case, claim.rates, rows)
+    # At the paper's scale a table without other candidates has the rates that its authors tuned.
+    as_printed = preset not in LEARNED_AT and not (case["candidate"] > 0).any()
+    rates = {} if as_printed else claim.rates
+    choices = choose(case, rates, rows)
     used = {row: case[(case["row"] == row) & (case["candidate"] == choices[row].candidate)] for row in rows}
     doubt = next(filter(None, (choices[row].doubt for row in rows)), "") or unlearned(case, preset)
     shown = case[case["row"].isin(rows)]
-    told: dict[str, Any] = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, claim)}
+    told: dict[str, Any] = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, rates, claim.kind)}
     samples = {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
     if claim.kind == "value":
         return judge(claim, preset=preset, values=samples[claim.row], **told)
@@ -161,11 +164,11 @@ def _same(case: pd.DataFrame, row: str, other: str, choice: Choice) -> Choice:
     return choice._replace(candidate=int(mine["candidate"].iloc[0]))
 
 
-def _rates(choices: Mapping[str, Choice], claim: Claim) -> str:
-    taken = {row: c.lr for row, c in choices.items() if claim.rates.get(row, "printed") != "printed"}
+def _rates(choices: Mapping[str, Choice], how: Mapping[str, str], kind: str) -> str:
+    taken = {row: c.lr for row, c in choices.items() if how.get(row, "printed") != "printed"}
     if taken:
         return "by validation: " + ", ".join(f"{row} {lr:g}" for row, lr in taken.items())
-    return "as printed" if claim.kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
+    return "as printed" if kind == "ordering" and any(c.lr == c.lr for c in choices.values()) else ""
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:

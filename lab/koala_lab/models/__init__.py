@@ -22,6 +22,7 @@ MODELS: Final[dict[str, Callable[..., nn.Module]]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     "wide_resnet50_2": partial(ResNet, WideBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet56": partial(ResNet, BasicBlock, (9, 9, 9), (16, 32, 64)),
     "resnet110": partial(ResNet, BasicBlock, (18, 18, 18), (16, 32, 64)),
     "resnext50": partial(ResNet, GroupedBottleneck, (3, 4, 6, 3), (64, 128, 256, 512)),
     **meka.SIZED,
@@ -48,10 +49,11 @@ def build(
     Args:
         name: ``"resnet18"``, ``"resnet50"`` and ``"wide_resnet50_2"`` are KOALA's networks, ``"resnet110"`` (three
             stages of 18 basic blocks, widths 16/32/64, 1.73 M parameters) and ``"resnext50"`` (32x4d) are APOLLO's.
-            ``"resnet8"`` (stages of one block, widths 8/16/32, 0.02 M parameters), ``"resnet8_w16"`` (16/32/64, 0.08 M)
-            and ``"resnet8_w32"`` (32/64/128, 0.31 M) are ours, for runs on a CPU. ``"mlp_100"``, ``"cnn_3c3d"`` and
-            ``"resnet32_gn"`` are MEKA's (:mod:`koala_lab.models.meka`), without BatchNorm, and ``"resnet8_gn"`` is the
-            last with three blocks in place of fifteen.
+            ``"resnet56"`` is ``"resnet110"`` with 9 blocks per stage, 0.86 M. ``"resnet8"`` (stages of one block,
+            widths 8/16/32, 0.02 M parameters), ``"resnet8_w16"`` (16/32/64, 0.08 M) and ``"resnet8_w32"`` (32/64/128,
+            0.31 M) are ours, for runs on a CPU. ``"mlp_100"``, ``"cnn_3c3d"`` and ``"resnet32_gn"`` are MEKA's
+            (:mod:`koala_lab.models.meka`), without BatchNorm, and ``"resnet8_gn"`` is the last with three blocks in
+            place of fifteen.
         num_classes: Number of classes.
         in_channels: Number of channels of the images.
         image_size: Height and width of the images in pixels. ``"mlp_100"`` and ``"cnn_3c3d"`` are made for it.

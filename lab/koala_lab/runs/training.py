@@ -219,15 +219,16 @@ class TrainingRun:
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
-        """Yield the learning rate of a step of the warm-up; afterwards the schedule's is there again."""
-        steps, start = self.config.warmup_steps, self.config.warmup_init_lr
-        if self.steps_done >= steps:
+        """Yield at the learning rate of a step, where it is not the epoch's; afterwards the epoch's is there again."""
+        steps, start, done = self.config.warmup_steps, self.config.warmup_init_lr, self.steps_done
+        if done >= steps and not self.config.inverse_sqrt:
             yield
             return
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         scheduled = [group["lr"] for group in groups]
         for group in groups:
-            group["lr"] = start + (group["initial_lr"] - start) * self.steps_done / steps
+            top = group["initial_lr"]
+            group["lr"] = start + (top - start) * done / steps if done < steps else top * math.sqrt(steps / done)
         yield
         for group, lr in zip(groups, scheduled, strict=True):
             group["lr"] = lr

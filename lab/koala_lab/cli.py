@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -22,8 +22,6 @@ from koala_lab.checks import check_known
 from koala_lab.parameters import PRESETS
 
 if TYPE_CHECKING:
-    import click
-
     from koala_lab.config import RunConfig
     from koala_lab.runs import Store
     from koala_lab.runs.training import RunResult
@@ -35,7 +33,7 @@ FAILED = 3  # exit code when a run is stored as failed: a result, unlike 1 (an e
 class _OneSentence(TyperGroup):
     """Ends at bad input, and at what the machine refuses, with what is wrong instead of a traceback."""
 
-    def invoke(self, ctx: click.Context) -> object:
+    def invoke(self, ctx: Any) -> object:
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):

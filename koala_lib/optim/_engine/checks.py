@@ -143,7 +143,8 @@ class CheckedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, unpickling and deepcopy end here: what does not fit is refused before anything has changed
-        name, first = type(self).__name__, next(iter(getattr(self, "param_groups", ())), {})
+        name = type(self).__name__
+        first: dict[str, Any] = next(iter(getattr(self, "param_groups", ())), {})
         needed = [option for option in first if option in (*self.defaults, *self.made_in_groups)]
         for group in state.get("param_groups", []):
             if missing := [option for option in needed if option not in group]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import linalg
+from scipy import linalg  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from koala_lab.theory.ekf import dense_filter
@@ -127,7 +127,8 @@ def _at(losses: Callable[[int, Tensor], Tensor], k: int, x: Tensor) -> tuple[Ten
 
 # ---- KOALA ----------------------------------------------------------------------------------------------------------
 
-FIXED = {"blocks": "global", "process_noise": 0.3, "measurement_noise": 2.0}
+R_FIXED = 2.0
+FIXED: dict[str, Any] = {"blocks": "global", "process_noise": 0.3, "measurement_noise": R_FIXED}
 
 
 @_relation(
@@ -141,7 +142,7 @@ def _alig(factor: float) -> float:
 
     def step(k: int, x: Tensor) -> Tensor:
         loss, g = _at(_squares, k, x)
-        return factor * loss / (g @ g + FIXED["measurement_noise"] / seen[k].variance) * g
+        return factor * loss / (g @ g + R_FIXED / seen[k].variance) * g
 
     return _deviation(ours, _follow(step, ours[0]))
 
@@ -169,13 +170,18 @@ def _polyak(factor: float) -> float:
     r"\hat P |g|^2 \ll R:\quad x - (\eta P_0 / R)\, L\, g \\ L g = \nabla (L^2 / 2)",
 )
 def _squared_loss(factor: float) -> float:
-    options = {"blocks": "global", "process_noise": 0.0, "initial_variance": 1e-20, "measurement_noise": 1.0}
+    options: dict[str, Any] = {
+        "blocks": "global",
+        "process_noise": 0.0,
+        "initial_variance": 1e-20,
+        "measurement_noise": 1.0,
+    }
     _, ours = _koala(_squares, lambda p: KoalaV(p, lr=1e18, **options))
     x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     sgd, theirs = torch.optim.SGD([x], lr=1e-2 * factor), [x.detach().clone()]
     for k in range(STEPS):
         sgd.zero_grad()
-        (_squares(k, x).mean().square() / 2).backward()
+        (_squares(k, x).mean().square() / 2).backward()  # type: ignore[no-untyped-call]
         sgd.step()
         theirs.append(x.detach().clone())
     return _deviation(ours, theirs)
@@ -192,8 +198,9 @@ def _levenberg_marquardt(factor: float) -> float:
 
     def step(k: int, x: Tensor) -> Tensor:
         loss, g = _at(_squares, k, x)
-        delta = FIXED["measurement_noise"] / seen[k].variance
-        return factor * torch.linalg.solve(torch.outer(g, g) + delta * torch.eye(3, dtype=x.dtype), g * loss)
+        delta = R_FIXED / seen[k].variance
+        solved: Tensor = torch.linalg.solve(torch.outer(g, g) + delta * torch.eye(3, dtype=x.dtype), g * loss)
+        return factor * solved
 
     return _deviation(ours, _follow(step, ours[0]))
 
@@ -210,7 +217,7 @@ def _lms(factor: float) -> float:
 
     def step(k: int, x: Tensor) -> Tensor:
         a = features[k, 0]
-        return factor * (a @ x - labels[k, 0]) / (a @ a + FIXED["measurement_noise"] / seen[k].variance) * a
+        return factor * (a @ x - labels[k, 0]) / (a @ a + R_FIXED / seen[k].variance) * a
 
     return _deviation(ours, _follow(step, ours[0]))
 
@@ -225,7 +232,12 @@ def _kaczmarz(factor: float) -> float:
     def half_square(k: int, x: Tensor) -> Tensor:
         return _residual(k, x).square() / 2
 
-    options = {"blocks": "global", "process_noise": 0.3, "measurement_noise": 1e-200, "min_grad_norm": 0.0}
+    options: dict[str, Any] = {
+        "blocks": "global",
+        "process_noise": 0.3,
+        "measurement_noise": 1e-200,
+        "min_grad_norm": 0.0,
+    }
     _, ours = _koala(half_square, lambda p: KoalaV(p, lr=2.0, **options))
     features, labels = _data()
 
@@ -268,7 +280,12 @@ def _forgetting(factor: float) -> float:
 def _natural_gradient(factor: float) -> float:
     features, labels = _data()
     a, R, P = features[:, 0], 2.0, 0.4
-    options = {"initial_covariance": [[P]], "transition": [[1.0]], "process_noise": [[0.0]], "measurement_noise": R}
+    options: dict[str, Any] = {
+        "initial_covariance": [[P]],
+        "transition": [[1.0]],
+        "process_noise": [[0.0]],
+        "measurement_noise": R,
+    }
     run = dense_filter(linear(a, -labels[:, 0]), STEPS, samples=torch.arange(STEPS), **options)
     J, x, theirs = torch.eye(3, dtype=a.dtype) / P, torch.zeros(3, dtype=a.dtype), []
     for t, (row, label) in enumerate(zip(a, labels[:, 0], strict=True), start=1):
@@ -286,7 +303,7 @@ def _natural_gradient(factor: float) -> float:
     r"B_0 = C_0 = q_p^2 = 0:\quad \hat A = A + Q,\ \hat C = \hat B = 0 \\ p = 0",
 )
 def _without_velocity(factor: float) -> float:
-    still = {"initial_velocity_variance": 0.0, "velocity_noise": 0.0}
+    still: dict[str, Any] = {"initial_velocity_variance": 0.0, "velocity_noise": 0.0}
     _, theirs = _koala(_squares, lambda p: KoalaV(p, lr=factor, **FIXED))
     _, ours = _koala(_squares, lambda p: KoalaM(p, **FIXED, **still))
     return _deviation(ours, theirs)
@@ -302,7 +319,7 @@ def _without_velocity(factor: float) -> float:
 def _momentum(factor: float) -> float:
     slope, kappa, Q, q_p, R = torch.tensor([0.6, -0.3, 0.2]).double(), 0.8, 0.3, 0.05, 2.0
     x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    options = {"blocks": "global", "process_noise": Q, "velocity_noise": q_p, "measurement_noise": R}
+    options: dict[str, Any] = {"blocks": "global", "process_noise": Q, "velocity_noise": q_p, "measurement_noise": R}
     optimizer = KoalaM([x], lr=1e-3, momentum=kappa, **options)
     predicted, losses = [], []
     for _ in range(300 + STEPS):
@@ -341,19 +358,20 @@ def _one_weight(factor: float) -> float:
     x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = KoalaPlusPlus([x], initial_variance=P, process_noise=Q, measurement_noise=R)
     ours, theirs = [x.detach().clone()], [x.detach().clone()]
+    Q_, P_, R_ = (torch.tensor(v, dtype=x.dtype) for v in (Q, P, R))
     for k in range(STEPS):
         optimizer.predict()
         optimizer.zero_grad()
         value = loss(k, x)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step(loss=value.detach())
         ours.append(x.detach().clone())
 
         value, g = _at(loss, k, theirs[-1])
         for _ in range(2 if k == 0 else 1):
-            ahead = kalman.predict_position(P, Q)
-            gain = ahead * g / kalman.innovation_variance(ahead, g @ g, R)
-            P = kalman.condition_position(ahead, g @ g, R)
+            ahead = kalman.predict_position(P_, Q_)
+            gain = ahead * g / kalman.innovation_variance(ahead, g @ g, R_)
+            P_ = kalman.condition_position(ahead, g @ g, R_)
         theirs.append(theirs[-1] - factor * gain * value)
     return _deviation(ours, theirs)
 
@@ -465,18 +483,18 @@ def _dual_averaging(factor: float) -> float:
     r"p^2 - q p - q \sigma = 0 \text{ for } p = p^- :\quad k = p / (p + \sigma) \\ m_t = (1 - k)\, m_{t-1} + k\, g_t",
 )
 def _momentum_of_gradients(factor: float) -> float:
-    q, sigma, p = 0.2, 1.5, torch.tensor(1e4).double()
+    q, sigma, p = torch.tensor([0.2, 1.5, 1e4]).double()
     for _ in range(200):
-        p = kalman.condition_variance(kalman.predict_position(p, q), torch.tensor(sigma).double())
-    gradients, mean = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(1)).double(), None
-    root = (q + (q * q + 4 * q * sigma) ** 0.5) / 2
-    beta = 1 - root / (root + sigma)
+        p = kalman.condition_variance(kalman.predict_position(p, q), sigma)
+    gradients = torch.randn(STEPS, 3, generator=torch.Generator().manual_seed(1)).double()
+    root = (q + (q * q + 4 * q * sigma).sqrt()) / 2
+    beta = float(1 - root / (root + sigma))
     x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    sgd, ours, theirs = torch.optim.SGD([x], lr=factor, momentum=beta, dampening=beta), [], []
-    for g in gradients:
-        k = kalman.gain(kalman.predict_position(p, q), torch.tensor(sigma).double())
-        mean = g if mean is None else mean + k * (g - mean)
-        ours.append((ours[-1] if ours else torch.zeros(3)) - mean)
+    sgd = torch.optim.SGD([x], lr=factor, momentum=beta, dampening=beta)
+    mean, ours, theirs = gradients[0], [x.detach().clone()], [x.detach().clone()]
+    for g in gradients:  # the first gradient is the first mean, there as here
+        mean = mean + kalman.gain(kalman.predict_position(p, q), sigma) * (g - mean)
+        ours.append(ours[-1] - mean)
         x.grad = g.clone()
         sgd.step()
         theirs.append(x.detach().clone())
@@ -552,15 +570,15 @@ def _secant(factor: float) -> float:
         return torch.sinh(x) + x  # of a strictly convex function
 
     start = torch.tensor([1.5, -0.7, 0.4]).double()
-    weights = [nn.Parameter(v.clone()) for v in start.split(1)]
+    weights = [nn.Parameter(start[i : i + 1].clone()) for i in range(3)]
     # The first step overshoots the minimum of a curvature above 2, so that B = eta times it lies above the floor.
     optimizer = Apollo(weights, lr=0.55e-12, sigma=1e-12, beta=0.0, eps=0.0, warmup_steps=0)
     ours = []
     for _ in range(6):  # then it has converged, and y is rounding
-        for x in weights:
-            x.grad = slope(x.detach())
+        for weight in weights:
+            weight.grad = slope(weight.detach())
         optimizer.step()
-        ours.append(torch.cat([x.detach() for x in weights]))
+        ours.append(torch.cat([weight.detach() for weight in weights]))
     theirs = [ours[0]]
     before, x = start, ours[0]
     for _ in range(1, 6):

@@ -115,8 +115,9 @@ def surrogate_filter(
     """
     check_known("closure", closure, CLOSURES)
     x = torch.tensor(problem.start, dtype=torch.float64)
-    blocks = torch.arange(len(x)).split(list(sizes or problem.sizes or [len(x)]))
-    R, before, rows = measurement_noise, {}, []
+    blocks = torch.arange(len(x)).split(list(sizes or problem.sizes or [len(x)]))  # type: ignore[no-untyped-call]
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    R, rows = measurement_noise, []
     for k in range(steps):
         losses, gradients = problem.at(x)
         seen = slice(None) if samples is None else samples[k].reshape(-1)
@@ -124,10 +125,11 @@ def surrogate_filter(
         x, covariances = x.clone(), []
         for i, block in enumerate(blocks):
             H = gradient[block]
-            P = _posterior(closure, *before.get(i, (H, initial_variance * H)), process_noise, R)  # (6) at first
+            last, product = before.get(i, (H, initial_variance * H))  # (6) at first
+            P = _posterior(closure, last, product, process_noise, R)
             before[i] = H, H @ P
             covariances.append(P)
             predicted = P + process_noise * torch.eye(len(H), dtype=torch.float64)
             x[block] -= H @ predicted / (H @ predicted @ H + R) * loss
-        rows.append((start, x, torch.block_diag(*covariances)))
+        rows.append((start, x, torch.block_diag(*covariances)))  # type: ignore[no-untyped-call]
     return Estimates(*(torch.stack(column) for column in zip(*rows, strict=True)))

@@ -1,0 +1,254 @@
+"""Claims with an address: one page per paper, and the table of all of them that a script filters."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from koala_lab import claims, paths, runs
+from koala_lab import notebook as nb
+from koala_lab.claims import ANY, NOT_RUN, PRESETS, Claim, Criterion, Verdict
+from koala_lab.claims.scoreboard import NOT_YET
+from koala_lab.report.shown import Picture, Shown
+
+Judged = Mapping[tuple[str, str], Verdict]  # by claim id and preset
+Keys = Mapping[tuple[str, str], dict[str, list[str]]]  # by notebook and preset, the keys of the runs of each row
+
+_RULES = {
+    "value": "the 95 % interval of the mean lies within {0:g} of the paper's number",
+    "better": "the 95 % interval of the paired difference lies above {0:g}",
+    "no_worse": "the 90 % interval of the paired difference lies above -{0:g}",
+    "on_par": "the 90 % interval of the paired difference lies within ± {0:g}",
+    "insensitive": "the 90 % intervals of all pairs lie within ± {0:g}",
+    "at_most": "the measured number is at most the expected one, tolerance {0:g}",
+    "at_least": "the measured number is at least the expected one, tolerance {0:g}",
+    "near": "the measured number is within {0:g} of the expected one",
+    "never": "a count that must be 0 is 0, and is not 0 in a contrast",
+    "vanishes": "it falls at least like the horizon to the power -{0:g} over three or more horizons",
+    "holds": "the condition holds in every case",
+}
+
+
+def rule(criterion: Criterion) -> str:
+    """Return how a claim is judged, as a sentence."""
+    text = _RULES[criterion.test].format(criterion.margin)
+    beyond = f"; contradicted only past {criterion.beyond:g}" if criterion.beyond is not None else ""
+    seeds = f"; at least {criterion.n} seeds" if criterion.n else ""
+    return text + beyond + seeds
+
+
+def judged(verdicts: Iterable[Verdict]) -> Judged:
+    """Return verdicts by claim and preset."""
+    return {(v.claim_id, v.preset): v for v in verdicts}
+
+
+def status(claim: Claim, preset: str, known: Judged) -> str:
+    """Return the status of a claim at a preset, as the scoreboard counts it."""
+    verdict = known.get((claim.id, preset))
+    return verdict.status if verdict else NOT_YET if preset in claim.judge else NOT_RUN
+
+
+def presets_of(claim: Claim) -> Sequence[str]:
+    """Return the presets at which a claim can be judged; ``any`` for what has no scale."""
+    return (ANY,) if claim.scale_free else PRESETS
+
+
+def run_keys(notebooks: Iterable[Shown]) -> Keys:
+    """Return the keys of the runs of every notebook and preset, by row; without a notebook that cannot be read."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    committed = nb.all_notebooks()
+    for shown in notebooks:
+        for preset in PRESETS:
+            if preset != PRESETS[0] and not nb.preset_file(shown.name, preset).exists():
+                continue
+            try:
+                declared = nb.declared_grid(committed[shown.name], preset)
+            except ValueError as error:
+                warnings.warn(f"{error}; its runs are not listed", stacklevel=2)
+                continue
+            if declared is not None:
+                found[shown.name, preset] = {
+                    row: [c.key for c in runs.expand({row: configs}, declared.seeds)]
+                    for row, configs in declared.grid.items()
+                }
+    return found
+
+
+def behind(claim: Claim, preset: str, keys: Keys) -> dict[str, list[str]]:
+    """Return the keys of the runs that a claim is judged on, by row; all of its notebook where it names no row."""
+    rows = keys.get((claim.notebook, PRESETS[0] if preset == ANY else preset), {})
+    named = [row for row in ((claim.row,) if claim.row else claim.arms) if row in rows]
+    return {row: rows[row] for row in named} or dict(rows)
+
+
+def write(
+    folder: Path, verdicts: Iterable[Verdict], notebooks: Sequence[Shown], pictures: Sequence[Picture], keys: Keys
+) -> None:
+    """Write ``claims/index.md`` and ``claims/<paper>.md`` into the folder of the site's sources."""
+    known = judged(verdicts)
+    (folder / "claims").mkdir(exist_ok=True)
+    for paper in claims.available():
+        _paper(paper, folder, known, notebooks, pictures, keys)
+    (folder / "claims" / "index.md").write_text(_index(known), encoding="utf-8")
+
+
+def _paper(
+    paper: str, folder: Path, known: Judged, notebooks: Sequence[Shown], pictures: Sequence[Picture], keys: Keys
+) -> None:
+    every = {c.id: {p: behind(c, p, keys) for p in presets_of(c)} for c in claims.load(paper).values()}
+    (folder / "claims" / f"{paper}_runs.json").write_text(json.dumps(every, indent=1), encoding="utf-8")
+    titles = {s.name: s.title for s in notebooks}
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims.load(paper).values():
+        groups.setdefault(claim.where.split(",")[0], []).append(claim)
+    parts = [
+        f"# {paper.upper()}: its claims\n",
+        f"{len(every)} numbers and statements of the paper, in its order. Every claim keeps its address, "
+        f"`claims/{paper}.html#` and its id. All of them in one table: [the claims of all papers](index.md). "
+        f"The keys of the runs behind each: {{download}}`{paper}_runs.json`.\n",
+    ]
+    for title, group in groups.items():
+        parts.append(f"\n## {title}\n")
+        parts += [_claim(claim, folder, known, titles, pictures, every[claim.id]) for claim in group]
+    (folder / "claims" / f"{paper}.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _claim(
+    claim: Claim,
+    folder: Path,
+    known: Judged,
+    titles: Mapping[str, str],
+    pictures: Sequence[Picture],
+    behind_it: Mapping[str, Mapping[str, Sequence[str]]],
+) -> str:
+    """Return one claim as MyST, between the tags of an HTML element that carries its id."""
+    says = claim.paper if claim.paper != "statement" else ""
+    place = f"{claim.where} · {claim.source} · {claim.kind}" + (f" · printed: {says}" if says else "")
+    rows = [
+        _verdict_row(claim, preset, known)
+        for preset in presets_of(claim)
+        if status(claim, preset, known) != NOT_RUN or claim.scale_free
+    ]
+    head = "<tr><th>scale</th><th>verdict</th><th>measured</th><th>n</th><th>on</th><th>judged by</th></tr>"
+    table = f'<table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ""
+    links = []
+    if claim.notebook in titles:
+        links.append(f"[{titles[claim.notebook]}](/notebooks/{claim.notebook}.ipynb)")
+        drawn = [p for p in pictures if p.origin["notebook"] == claim.notebook]
+        links += [_figure_link(claim.notebook, p) for p in drawn[:4]]
+    links += [_results_link(claim, preset, folder) for preset in PRESETS if _results(claim, preset).exists()]
+    counted = {at: sum(map(len, rows.values())) for at, rows in behind_it.items()}
+    runs_behind = ", ".join(f"{n} at {at}" for at, n in counted.items() if n)
+    names = dict.fromkeys(row for rows in behind_it.values() for row in rows)
+    shown = ", ".join(f"`{row}`" for row in [*names][:6]) + (" and more" if len(names) > 6 else "")
+    tail = f"\n\nRuns behind it: {runs_behind} (rows {shown})." if runs_behind else ""
+    rates = f" Rates: {', '.join(f'{row} {how}' for row, how in claim.rates.items())}." if claim.rates else ""
+    note = f"\n\n{claim.note}" if claim.note else ""
+    fragile = f"\n\n† Another processor flips the verdict at quick: {claim.fragile}" if claim.fragile else ""
+    return (
+        f'<div class="claim" id="{claim.id}">\n\n'
+        f"**{claim.text}** "
+        f'<a class="address" href="#{claim.id}" title="address of this claim"><code>{claim.id}</code></a>\n\n'
+        f"{place}.{rates}{note}{fragile}\n\n{table}\n\n{' · '.join(links)}{tail}\n\n</div>\n"
+    )
+
+
+def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
+    verdict = known.get((claim.id, preset))
+    criterion = claim.judge.get(preset)
+    by = rule(criterion) if criterion else ""
+    scale = "any" if preset == ANY else preset
+    now = status(claim, preset, known)
+    cells = {
+        "scale": scale,
+        "verdict": _badge(now) + (f" ({html.escape(verdict.share)})" if verdict and verdict.share else ""),
+        "measured": html.escape(verdict.measured) if verdict else "",
+        "n": f"{verdict.n} {verdict.counted}" if verdict and verdict.n else "",
+        "on": html.escape("; ".join(filter(None, (verdict.setting, verdict.rates)))) if verdict else "",
+        "judged by": html.escape(f"{verdict.detail}. " if verdict and not verdict.decided else "") + html.escape(by),
+    }
+    return "<tr>" + "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items()) + "</tr>"
+
+
+def _badge(name: str) -> str:
+    return f'<span class="{name.replace(" ", "-")}">{name}</span>'
+
+
+def _figure_link(notebook: str, picture: Picture) -> str:
+    name = Path(picture.name).name
+    return f'<a href="../notebooks/{notebook}.html#figure-{html.escape(name)}">figure {html.escape(name)}</a>'
+
+
+def _results(claim: Claim, preset: str) -> Path:
+    return runs.results_file(preset, claim.notebook)
+
+
+def _results_link(claim: Claim, preset: str, folder: Path) -> str:
+    file = _results(claim, preset)
+    copy = folder / "results" / preset / f"{claim.notebook}.json"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    return f"{{download}}`runs at {preset} <../results/{preset}/{claim.notebook}.json>`"
+
+
+# ---- the table of all claims
+
+
+def _index(known: Judged) -> str:
+    """Return the page with the table that ``claims.js`` filters; without scripts it shows all."""
+    rows = []
+    for paper in claims.available():
+        for claim in claims.load(paper).values():
+            rows += [_index_row(paper, claim, preset, known) for preset in presets_of(claim)]
+    names = ("paper", "place", "claim", "who says so", "scale", "verdict", "measured", "n")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return (
+        "---\nnosearch: true\n---\n# All claims\n\n"
+        f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of three papers, and what was "
+        "found at each scale. `quick` is digits and synthetic problems, `desktop` small public data sets on two "
+        "cores, `paper` the paper's own protocol; `any` is settled once: algebra, identities, small problems with "
+        "known answers.\n\n"
+        '```{raw} html\n<form id="claims-filter" hidden></form><p id="claims-count" role="status"></p>\n'
+        f'<table class="verdicts" id="claims-table"><thead><tr>{head}</tr></thead><tbody>\n'
+        + "\n".join(rows)
+        + '\n</tbody></table>\n<script src="../_static/claims.js"></script>\n```\n'
+    )
+
+
+def _index_row(paper: str, claim: Claim, preset: str, known: Judged) -> str:
+    verdict = known.get((claim.id, preset))
+    now = status(claim, preset, known)
+    link = f'<a href="{paper}.html#{claim.id}">{html.escape(claim.text)}</a>'
+    cells = {
+        "paper": paper.upper(),
+        "place": html.escape(claim.where),
+        "claim": link,
+        "source": claim.source,
+        "scale": preset,
+        "verdict": _badge(now),
+        "measured": html.escape(verdict.measured) if verdict else "",
+        "n": str(verdict.n) if verdict and verdict.n else "",
+    }
+    data = {"paper": paper, "verdict": now, "scale": preset, "source": claim.source, "notebook": claim.notebook}
+    attributes = " ".join(f'data-{k}="{html.escape(v)}"' for k, v in data.items())
+    return f"<tr {attributes}>" + "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items()) + "</tr>"
+
+
+def tally(known: Judged, names: Iterable[str]) -> Counter[str]:
+    """Return how many verdicts the claims of some notebooks have of each status, where any was reached."""
+    wanted = {*names}
+    mine = [c for paper in claims.available() for c in claims.load(paper).values() if c.notebook in wanted]
+    found = Counter(status(c, preset, known) for c in mine for preset in presets_of(c))
+    return Counter({name: n for name, n in found.items() if name not in (NOT_RUN, NOT_YET)})
+
+
+def verdict_words(found: Mapping[str, int]) -> str:
+    """Return a tally as words with the colours of the verdicts."""
+    order = ("reproduced", "mixed", "inconclusive", "contradicted")
+    return " · ".join(f'<span class="{name}">{found[name]} {name}</span>' for name in order if found.get(name))

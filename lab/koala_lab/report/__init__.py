@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,15 +33,15 @@ def build() -> Path:
     from sphinx.cmd.build import build_main
 
     site = paths.report_dir()
-    site.mkdir(parents=True, exist_ok=True)
-    for page in (page for pattern in _PAGES for page in site.glob(pattern)):
-        page.unlink()  # some are of notebooks that are no more
     with TemporaryDirectory() as work:
-        sources, extra = Path(work) / "sources", Path(work) / "extra"
+        sources, extra, made = (Path(work) / name for name in ("sources", "extra", "made"))
         assemble(sources, extra)
         options = ["-q", "-E", "-d", f"{work}/doctrees", "-c", str(_CONFIGURATION), "-D", f"html_extra_path={extra}"]
-        if code := build_main([*options, str(sources), str(site)]):
+        if code := build_main([*options, str(sources), str(made)]):
             raise RuntimeError(f"Sphinx cannot make the site of {site}: it ended with {code}; see its messages above")
+        for page in (page for pattern in _PAGES for page in site.glob(pattern)):
+            page.unlink()  # some are of notebooks that are no more
+        shutil.copytree(made, site, dirs_exist_ok=True)
     return site / "index.html"
 
 

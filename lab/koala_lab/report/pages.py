@@ -151,7 +151,7 @@ def _landing(
         _HOW,
     ]
     for title, docs in _contents(parts, modules).items():
-        text.append(f"```{{toctree}}\n:caption: {title}\n:hidden:\n:maxdepth: 1\n\n" + "\n".join(docs) + "\n```\n")
+        text.append(f"```{{toctree}}\n:caption: {title}\n:hidden:\n:titlesonly:\n\n" + "\n".join(docs) + "\n```\n")
     return "\n".join(text)
 
 

@@ -48,6 +48,8 @@ html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,
     "use_sidenotes": False,
+    "navigation_depth": 1,
+    "show_navbar_depth": 1,
     "show_toc_level": 2,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

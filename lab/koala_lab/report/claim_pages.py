@@ -114,47 +114,52 @@ def _paper(
     ]
     for title, group in groups.items():
         parts.append(f"\n## {title}\n")
-        parts += [_claim(claim, folder, known, titles, pictures, every[claim.id]) for claim in group]
+        parts += [f"{_sources(name, titles, pictures, folder)}\n" for name in dict.fromkeys(c.notebook for c in group)]
+        parts += [f"{note}\n" for note in dict.fromkeys(c.note for c in group if c.note)]
+        parts += [_claim(claim, known, every[claim.id]) for claim in group]
     (folder / "claims" / f"{paper}.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def _claim(
-    claim: Claim,
-    folder: Path,
-    known: Judged,
-    titles: Mapping[str, str],
-    pictures: Sequence[Picture],
-    behind_it: Mapping[str, Mapping[str, Sequence[str]]],
-) -> str:
+def _sources(name: str, titles: Mapping[str, str], pictures: Sequence[Picture], folder: Path) -> str:
+    """Return links to a notebook, its figures and its stored runs."""
+    if name not in titles:
+        return f"`{name}` is not in this report."
+    links = [f"[{titles[name]}](/notebooks/{name}.ipynb)"]
+    for picture in (p for p in pictures if p.origin["notebook"] == name):
+        short = html.escape(Path(picture.name).name)
+        links.append(f'<a href="../notebooks/{name}.html#figure-{short}">figure {short}</a>')
+    for preset in PRESETS:
+        file, place = runs.results_file(preset, name), f"results/{preset}/{name}.json"
+        if file.exists():
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / place)
+            links.append(f"{{download}}`runs at {preset} <../{place}>`")
+    return " · ".join(links)
+
+
+def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
     """Return one claim as MyST, between the tags of an HTML element that carries its id."""
-    says = claim.paper if claim.paper != "statement" else ""
-    place = f"{claim.where} · {claim.source} · {claim.kind}" + (f" · printed: {says}" if says else "")
+    value = claim.kind == "value"
+    printed = f" · printed: **{claim.paper}**" if claim.paper != "statement" else ""
+    place = f"{claim.text if value else claim.where} · {claim.source} · {claim.kind}{printed}"
+    rates = f" · rates: {', '.join(f'{row} {how}' for row, how in claim.rates.items())}" if claim.rates else ""
+    fragile = f"\n\n† Another processor flips the verdict at quick: {claim.fragile}" if claim.fragile else ""
     rows = [
         _verdict_row(claim, preset, known)
         for preset in presets_of(claim)
-        if status(claim, preset, known) != NOT_RUN or claim.scale_free
+        if claim.scale_free or status(claim, preset, known) != NOT_RUN
     ]
     head = "<tr><th>scale</th><th>verdict</th><th>measured</th><th>n</th><th>on</th><th>judged by</th></tr>"
     table = f'<table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ""
-    links = []
-    if claim.notebook in titles:
-        links.append(f"[{titles[claim.notebook]}](/notebooks/{claim.notebook}.ipynb)")
-        drawn = [p for p in pictures if p.origin["notebook"] == claim.notebook]
-        links += [_figure_link(claim.notebook, p) for p in drawn[:4]]
-    links += [_results_link(claim, preset, folder) for preset in PRESETS if _results(claim, preset).exists()]
-    counted = {at: sum(map(len, rows.values())) for at, rows in behind_it.items()}
-    runs_behind = ", ".join(f"{n} at {at}" for at, n in counted.items() if n)
-    names = dict.fromkeys(row for rows in behind_it.values() for row in rows)
-    shown = ", ".join(f"`{row}`" for row in [*names][:6]) + (" and more" if len(names) > 6 else "")
-    tail = f"\n\nRuns behind it: {runs_behind} (rows {shown})." if runs_behind else ""
-    rates = f" Rates: {', '.join(f'{row} {how}' for row, how in claim.rates.items())}." if claim.rates else ""
-    note = f"\n\n{claim.note}" if claim.note else ""
-    fragile = f"\n\n† Another processor flips the verdict at quick: {claim.fragile}" if claim.fragile else ""
+    counted = {at: sum(map(len, found.values())) for at, found in behind_it.items() if at in claim.judge}
+    told = ", ".join(f"{n} at {'quick' if at == ANY else at}" for at, n in counted.items() if n)
+    names = list(dict.fromkeys(row for found in behind_it.values() for row in found))
+    shown = ", ".join(f"`{row}`" for row in names[:6]) + (" and more" if len(names) > 6 else "")
+    tail = f"Runs behind it: {told} (rows {shown})." if told else ""
     return (
-        f'<div class="claim" id="{claim.id}">\n\n'
-        f"**{claim.text}** "
+        f'<div class="claim" id="{claim.id}">\n\n**{claim.where if value else claim.text}** '
         f'<a class="address" href="#{claim.id}" title="address of this claim"><code>{claim.id}</code></a>\n\n'
-        f"{place}.{rates}{note}{fragile}\n\n{table}\n\n{' · '.join(links)}{tail}\n\n</div>\n"
+        f"{place}{rates}{fragile}\n\n{table}\n\n{tail}\n\n</div>\n"
     )
 
 
@@ -177,24 +182,6 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
 
 def _badge(name: str) -> str:
     return f'<span class="{name.replace(" ", "-")}">{name}</span>'
-
-
-def _figure_link(notebook: str, picture: Picture) -> str:
-    name = Path(picture.name).name
-    return f'<a href="../notebooks/{notebook}.html#figure-{html.escape(name)}">figure {html.escape(name)}</a>'
-
-
-def _results(claim: Claim, preset: str) -> Path:
-    return runs.results_file(preset, claim.notebook)
-
-
-def _results_link(claim: Claim, preset: str, folder: Path) -> str:
-    file = _results(claim, preset)
-    copy = folder / "results" / preset / f"{claim.notebook}.json"
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, copy)
-    return f"{{download}}`runs at {preset} <../results/{preset}/{claim.notebook}.json>`"
 
 
 # ---- the table of all claims

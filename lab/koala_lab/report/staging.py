@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
@@ -54,7 +55,7 @@ def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bo
 def _head(shown: Shown, fresh: bool) -> str:
     """Return what stands under the title: whether it ran, where its claims are, the file itself."""
     notes = {
-        FAILED: ":::{danger}\nThis notebook **failed** here; the pages shows how far it came.\n:::\n\n",
+        FAILED: ":::{danger}\nThis notebook **failed** here; the page shows how far it came.\n:::\n\n",
         COMMITTED: ":::{warning}\n**Not executed** here: this is the committed notebook.\n:::\n\n" if fresh else "",
     }
     mine = claims.of(shown.name)
@@ -73,17 +74,32 @@ def _cells(cell: NotebookNode, shown: Shown, target: Path, pictures: Mapping[str
         cell.source = _LINK.sub(lambda m: m[1] + _linked(m[2], shown, target) + m[3], cell.source)
         yield cell
         return
-    tags = cell.metadata.get("tags", [])
-    plumbing = {"parameters", "grid"} & {*tags} or "nb.start(" in cell.source or cell.source.startswith("# Parameters")
     drawn = _pictures(cell, shown, pictures)
-    long = len([line for line in cell.source.splitlines() if line.strip()]) > LONG
-    cell.metadata = {"tags": ["hide-cell"] if plumbing else ["hide-input"] if drawn or long else []}
+    cell.metadata = _folded(cell, bool(drawn))
     if "ctx.verdicts(" in cell.source:
         cell.outputs = [piece for output in cell.outputs for piece in _tables(output, shown.name)]
     if not drawn:
         yield cell
         return
     yield from _figures(cell, drawn, target)
+
+
+def _folded(cell: NotebookNode, drawn: bool) -> dict[str, Any]:
+    """Return the metadata of a code cell: what is folded, and the words on the fold."""
+    tags = cell.metadata.get("tags", [])
+    if "parameters" in tags or cell.source.startswith("# Parameters"):
+        return _fold("cell", "the parameters")
+    if "grid" in tags:
+        return _fold("cell", "the runs")
+    if "nb.start(" in cell.source:
+        return _fold("cell", "imports and start")
+    long = len([line for line in cell.source.splitlines() if line.strip()]) > LONG
+    return _fold("input", "the code") if drawn or long else {}
+
+
+def _fold(part: str, what: str) -> dict[str, Any]:
+    words = {"code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
+    return {"tags": [f"hide-{part}"], "mystnb": words}
 
 
 def _linked(link: str, shown: Shown, target: Path) -> str:
@@ -143,7 +159,7 @@ def _caption_figures(cells: Sequence[NotebookNode]) -> None:
                 said = _plain(cell.source.strip().rpartition("\n\n")[2])
         elif names := cell.metadata.pop("figures", None):
             alt = f"Figure {', '.join(names)} of {title}. {said}"[:400]
-            cell.metadata["mystnb"] = {"image": {"alt": alt}}
+            cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
 
 
 def _plain(markdown: str) -> str:

@@ -26,7 +26,7 @@ LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAB = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
 ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 FRAMEWORKS = {"lightning", "transformers", "accelerate", "skorch", "pytorch-ignite"}
-PIP_ONLY = {"snakemake", "pytorch-optimizer"} | FRAMEWORKS  # come with `pip: -e ./lab[all]`
+PIP_ONLY = {"snakemake", "pytorch-optimizer", "sphinx-mathjax-offline"} | FRAMEWORKS  # come with `pip: -e ./lab[all]`
 ON_CLUSTERS = {"slurm"}  # extras that are not part of `all`
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from koala_lab import claims, paths, runs
 from koala_lab import notebook as nb
 from koala_lab.claims import ANY, NOT_RUN, PRESETS, Claim, Criterion, Verdict
+from koala_lab.claims.judge import CONTRADICTED, INCONCLUSIVE, MIXED, REPRODUCED
 from koala_lab.claims.scoreboard import NOT_YET
 from koala_lab.report.shown import Picture, Shown
 
@@ -192,7 +193,8 @@ def _index(known: Judged) -> str:
     rows = []
     for paper in claims.available():
         for claim in claims.load(paper).values():
-            rows += [_index_row(paper, claim, preset, known) for preset in presets_of(claim)]
+            tried = [preset for preset in presets_of(claim) if status(claim, preset, known) != NOT_RUN]
+            rows += [_index_row(paper, claim, preset, known) for preset in tried or presets_of(claim)[:1]]
     names = ("paper", "place", "claim", "who says so", "scale", "verdict", "measured", "n")
     head = "".join(f"<th>{name}</th>" for name in names)
     return (
@@ -200,7 +202,7 @@ def _index(known: Judged) -> str:
         f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of three papers, and what was "
         "found at each scale. `quick` is digits and synthetic problems, `desktop` small public data sets on two "
         "cores, `paper` the paper's own protocol; `any` is settled once: algebra, identities, small problems with "
-        "known answers.\n\n"
+        "known answers. A scale for which a claim lists no test has no row.\n\n"
         '```{raw} html\n<form id="claims-filter" hidden></form><p id="claims-count" role="status"></p>\n'
         f'<table class="verdicts" id="claims-table"><thead><tr>{head}</tr></thead><tbody>\n'
         + "\n".join(rows)
@@ -235,7 +237,31 @@ def tally(known: Judged, names: Iterable[str]) -> Counter[str]:
     return Counter({name: n for name, n in found.items() if name not in (NOT_RUN, NOT_YET)})
 
 
+def mosaic(known: Judged) -> str:
+    """Return a picture of all claims: a square per claim in the paper's order, in the colour of its verdict.
+
+    Where a claim was judged at several scales, the largest that decided anything counts.
+    """
+    parts = []
+    for paper in claims.available():
+        squares = []
+        for claim in claims.load(paper).values():
+            found = [status(claim, preset, known) for preset in presets_of(claim)]
+            decided = [now for now in found if now in (REPRODUCED, MIXED, CONTRADICTED)]
+            now = decided[-1] if decided else next((s for s in found if s == INCONCLUSIVE), NOT_YET)
+            told = html.escape(f"{claim.where}: {claim.text} ({now})")
+            where = f"claims/{paper}.html#{claim.id}"
+            squares.append(f'<a class="{now.replace(" ", "-")}" href="{where}" title="{told}" aria-label="{told}"></a>')
+        parts.append(f"<h3>{paper.upper()}</h3><div>{''.join(squares)}</div>")
+    legend = "".join(
+        f'<span><a class="{name.replace(" ", "-")}"></a> {name}</span>'
+        for name in (REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED, NOT_YET)
+    )
+    said = "Every square is a number or a statement of a paper, in its order. Click one."
+    return f'<figure class="mosaic">{"".join(parts)}<figcaption>{legend}<br>{said}</figcaption></figure>'
+
+
 def verdict_words(found: Mapping[str, int]) -> str:
     """Return a tally as words with the colours of the verdicts."""
-    order = ("reproduced", "mixed", "inconclusive", "contradicted")
+    order = (REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED)
     return " · ".join(f'<span class="{name}">{found[name]} {name}</span>' for name in order if found.get(name))

@@ -12,6 +12,10 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+import koala_lib
+
+ROOT = Path(koala_lib.__file__).parents[1]  # of the code that runs, which a test's paths.ROOT is not
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title><link rel="stylesheet" href="{up}_static/code.css"></head>
@@ -20,11 +24,11 @@ _PAGE = """<!doctype html>
 """
 
 
-def write(files: Iterable[Path], root: Path, folder: Path) -> None:
+def write(files: Iterable[Path], folder: Path) -> None:
     """Write ``code/<file>.html`` for each Python file into a folder; line 7 has the address ``#line-7``."""
     formatter = HtmlFormatter(linenos="inline", lineanchors="line", anchorlinenos=True, wrapcode=True)
     for file in sorted(files):
-        name = file.relative_to(root)
+        name = file.relative_to(ROOT)
         target = folder / "code" / name.with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
         body = highlight(file.read_text(encoding="utf-8"), PythonLexer(), formatter)
@@ -62,10 +66,10 @@ def spans(file: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def address(module: str, name: str, root: Path) -> str | None:
+def address(module: str, name: str) -> str | None:
     """Return the address of an object's source from a page one folder down; ``None`` where there is no such page."""
-    stem = root.joinpath(*module.split("."))
+    stem = ROOT.joinpath(*module.split("."))
     file = next((f for f in (stem.with_suffix(".py"), stem / "__init__.py") if f.exists()), None)
     if file is None or name not in spans(file):
         return None
-    return f"../code/{file.relative_to(root).with_suffix('').as_posix()}.html#line-{spans(file)[name][0]}"
+    return f"../code/{file.relative_to(ROOT).with_suffix('').as_posix()}.html#line-{spans(file)[name][0]}"

@@ -70,7 +70,7 @@ class Mark(NamedTuple):
 
 def load() -> dict[str, list[Equation]]:
     """Return the equations by paper, in the papers' order."""
-    content = read_yaml(paths.ROOT / "data" / "equations.yaml")
+    content = read_yaml(paths.equations())
     return {
         paper: [Equation(paper, number, **fields) for number, fields in entries.items()]
         for paper, entries in content.items()

@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from docutils.nodes import make_id
 
 from koala_lab import claims, paths
 from koala_lab.files import read_yaml
 from koala_lab.notebook.files import cells_of
-from koala_lab.report import claim_pages, code, equations, staging
+from koala_lab.report import claim_pages, code, equations, overview, staging
 from koala_lab.report.claim_pages import Judged
+from koala_lab.report.code import ROOT
 from koala_lab.report.equations import PAPERS, Equation, Mark
 from koala_lab.report.shown import COMMITTED, DAMAGED, EXECUTED, FAILED, Picture, Shown
 
@@ -22,6 +24,7 @@ TESTS_SHOWN = 5  # under each equation
 THEORY = "11_"  # the notebook of each paper's theorems
 BEYOND = ("beyond/", "koala/32_")  # questions that no paper asks
 
+_OVERVIEW = "Bars of each paper's claims: how many are reproduced, mixed, inconclusive or contradicted in small runs"
 _EVERYWHERE = ["be_the_filter", "claims/index", "figures"]  # in the first part
 
 _HOW = """
@@ -50,8 +53,7 @@ def write(
     fresh: bool,
 ) -> None:
     """Write all of them into the folder of the site's sources, and pages of code into the ``extra`` one."""
-    root = paths.ROOT
-    marks = equations.code_marks(root)
+    marks = equations.code_marks(ROOT)
     (folder / "equations").mkdir(exist_ok=True)
     for paper, listed in equations.load().items():
         (folder / "equations" / f"{paper}.md").write_text(_equations(paper, listed, marks, notebooks), encoding="utf-8")
@@ -122,8 +124,8 @@ def _cell(text: str) -> str:
 def _landing(
     folder: Path, parts: Parts, modules: Sequence[str], known: Judged, differences: Sequence[str], fresh: bool
 ) -> str:
-    shutil.copy(paths.ROOT / "figures" / "overview.png", folder / "overview.png")
     counts = claims.counts(known.values())
+    drawn = _draw_overview(counts, folder / "overview.png")
     every = [shown for _, members in parts.values() for shown in members]
     bad = [s for s in every if s.state in (FAILED, DAMAGED) or (fresh and s.state == COMMITTED)]
     text = [
@@ -142,10 +144,10 @@ def _landing(
         lines = "\n".join(f"- {line}" for line in differences)
         text.append(f":::{{admonition}} This machine's verdicts that differ from the committed ones\n{lines}\n:::\n")
     text += [
-        "![Bars of each paper's claims: how many reproduce, are mixed, inconclusive or contradicted in small runs]"
-        "(overview.png)\n",
-        _doors(parts),
+        f"```{{raw}} html\n{claim_pages.mosaic(known)}\n```\n",
+        _doors(),
         "## What reproduces\n",
+        f"![{_OVERVIEW}](overview.png)\n" if drawn else "",
         counts,
         "## How to read a verdict",
         _HOW,
@@ -155,18 +157,28 @@ def _landing(
     return "\n".join(text)
 
 
-def _doors(parts: Parts) -> str:
+def _draw_overview(counts: str, file: Path) -> bool:
+    """Draw the count rows; say whether there is anything to draw."""
+    rows = overview.count_rows(f"{claims.BEGIN}\n{counts}\n{claims.END}")
+    if rows:
+        figure = overview.draw(rows)
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+    return bool(rows)
+
+
+def _doors() -> str:
     """Return the cards of the landing page."""
     cards = [
-        ("Read a paper", "koala", "", " · ".join(f"[{PAPERS[p]}]({p}.md)" for p in PAPERS if p in parts)),
-        ("Find a claim", "claims/index", "claims/index.md", "Filter all of them by paper, verdict, scale and source."),
-        ("Find an equation", "equations/koala", "", " · ".join(f"[{n}](equations/{p}.md)" for p, n in PAPERS.items())),
-        ("Be the filter", "be_the_filter", "be_the_filter.md", "Move R, Q, P₀ and κ, and watch KOALA on a valley."),
+        ("Find an equation", "", " · ".join(f"[{name}](equations/{paper}.md)" for paper, name in PAPERS.items())),
+        ("Find a claim", "claims/index", "Filter all of them by paper, verdict, scale and source."),
+        ("See the figures", "figures", "Each with what it was drawn from."),
+        ("Be the filter", "be_the_filter", "Move R, Q, P₀ and κ, and watch KOALA in a valley."),
     ]
     lines = ["::::{grid} 1 2 2 4\n:gutter: 2\n"]
-    for title, _, link, body in cards:
+    for title, link, body in cards:
         options = f":link: {link}\n:link-type: doc\n" if link else ""
-        lines.append(f":::{{grid-item-card}} {title}\n{options.replace('.md', '')}\n{body}\n:::\n")
+        lines.append(f":::{{grid-item-card}} {title}\n{options}\n{body}\n:::\n")
     return "\n".join([*lines, "::::\n"])
 
 
@@ -207,7 +219,6 @@ def _equations(paper: str, listed: Sequence[Equation], marks: Sequence[Mark], no
 
 
 def _equation(equation: Equation, marks: Sequence[Mark], places: Sequence[str]) -> str:
-    root = paths.ROOT
     where = f"section {equation.section}" if equation.section[0].isdigit() else equation.section
     text = [f"\n## eq. {equation.number}\n", f"{equation.says} ({where})\n", f"$$\n{equation.tex}\n$$\n"]
     if places:
@@ -215,9 +226,9 @@ def _equation(equation: Equation, marks: Sequence[Mark], places: Sequence[str]) 
     owners: dict[tuple[Path, str], Mark] = {}
     for mark in sorted(marks, key=_rank):
         owners.setdefault((mark.file, mark.owner), mark)
-    links = [_code_link(m.file, m.line, f"{_module(m.file, root)}{'.' if m.owner else ''}{m.owner}") for m in owners.values()]
+    links = [_code_link(m.file, m.line, f"{_module(m.file)}{'.' if m.owner else ''}{m.owner}") for m in owners.values()]
     text.append(f"- **code:** {' · '.join(links)}" if links else f"- **code:** none; {equation.no_code}")
-    tests = equations.tests_of(equation, marks, root)
+    tests = equations.tests_of(equation, marks, ROOT)
     if tests:
         shown = [_code_link(t.file, t.line, t.name.removeprefix("test_").replace("_", " ")) for t in tests[:TESTS_SHOWN]]
         more = f" and {len(tests) - TESTS_SHOWN} more" if len(tests) > TESTS_SHOWN else ""
@@ -231,12 +242,12 @@ def _rank(mark: Mark) -> tuple[bool, bool, bool, str, int]:
     return ("/koala_lab/" in place, not mark.owner, "/reference/" in place, place, mark.line)
 
 
-def _module(file: Path, root: Path) -> str:
-    return file.relative_to(root).with_suffix("").as_posix().removeprefix("lab/").removesuffix("/__init__").replace("/", ".")
+def _module(file: Path) -> str:
+    return file.relative_to(ROOT).with_suffix("").as_posix().removeprefix("lab/").removesuffix("/__init__").replace("/", ".")
 
 
 def _code_link(file: Path, line: int, label: str) -> str:
-    page = file.relative_to(paths.ROOT).with_suffix("").as_posix()
+    page = file.relative_to(ROOT).with_suffix("").as_posix()
     return f'<a href="../code/{page}.html#line-{line}"><code>{html.escape(label)}</code></a>'
 
 
@@ -268,11 +279,11 @@ def _in_notebooks(paper: str, notebooks: Sequence[Shown]) -> dict[int, list[str]
 def _code(folder: Path, extra: Path) -> None:
     """Write pages of the library's code, and of what the equations lead to besides, beside the sources."""
     linked = {
-        paths.ROOT / f"{name}.py"
+        ROOT / f"{name}.py"
         for page in (folder / "equations").glob("*.md")
         for name in re.findall(r'href="../code/([^"#]+)[.]html', page.read_text(encoding="utf-8"))
     }
-    code.write({*linked, *(paths.ROOT / "koala_lib").rglob("*.py")}, paths.ROOT, extra)
+    code.write({*linked, *(ROOT / "koala_lib").rglob("*.py")}, extra)
     (extra / "_static").mkdir(parents=True, exist_ok=True)
     (extra / "_static" / "code.css").write_text(code.stylesheet(), encoding="utf-8")
 
@@ -303,7 +314,7 @@ def _figures(folder: Path, pictures: Sequence[Picture]) -> str:
 
 def _library(folder: Path) -> list[str]:
     """Write a page per public module of the library, and return their names."""
-    root = paths.ROOT / "koala_lib"
+    root = ROOT / "koala_lib"
     (folder / "api").mkdir(exist_ok=True)
     names = []
     for file in sorted(root.rglob("*.py")):

@@ -1,11 +1,8 @@
 """Sphinx configuration of the site; :mod:`koala_lab.report` writes the pages and calls Sphinx."""
 
 import re
-from pathlib import Path
-
 from sphinx.application import Sphinx
 
-import koala_lib
 from koala_lab.report.code import address
 
 project = "koala_lib"
@@ -39,7 +36,7 @@ add_module_names = False
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     """Return the address of an object's source, from a page of the folder ``api``."""
-    return address(info["module"], info["fullname"], Path(koala_lib.__file__).parents[1])
+    return address(info["module"], info["fullname"])
 
 
 html_theme = "sphinx_book_theme"

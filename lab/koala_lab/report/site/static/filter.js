@@ -103,6 +103,7 @@ function explorable(place) {
     `<button data-do="reset">as it was</button></div><div class="valley"></div><div class="told" role="status"></div>` +
     `<div class="plots"></div>`;
   const controls = place.querySelector(".controls");
+  const wide = () => place.clientWidth > 560;
 
   const shown = (value) => (value === 0 ? "0" : value >= 0.01 && value < 1000 ? +value.toPrecision(2) + "" : value.toExponential(0));
 
@@ -141,7 +142,7 @@ function explorable(place) {
   });
 
   function valley(trace) {
-    const [width, height, unit] = [720, 300, 110];
+    const [width, height, unit] = wide() ? [720, 300, 110] : [400, 200, 62];
     const X = (x) => width / 2 + unit * x;
     const Y = (y) => height / 2 - unit * y;
     const rings = [0.1, 0.4, 1, 2, 4, 8].map(
@@ -161,12 +162,12 @@ function explorable(place) {
       `<circle cx="${cx}" cy="${cy}" r="${radius}" fill="#de8f05" fill-opacity="0.25" stroke="#de8f05"/>` +
       `<circle cx="${cx}" cy="${cy}" r="4.5" fill="#de8f05"/>` +
       `<text x="${X(0) + 4}" y="${Y(0) + 4}">target: loss 0</text><text x="10" y="${height - 10}">` +
-      `orange: where the filter is at step ${at}, and how unsure it is (one standard deviation)</text></svg>`
+      `orange: step ${at}, and how unsure the filter is (one sd)</text></svg>`
     );
   }
 
   function plot(trace, title, series, log) {
-    const [width, height, left, bottom] = [720, 170, 54, 22];
+    const [width, height, left, bottom] = [wide() ? 720 : 400, 170, 54, 22];
     const values = series.flatMap(({ of }) => trace.map(of)).filter((v) => Number.isFinite(v) && (!log || v > 0));
     const scale = log ? Math.log10 : (v) => v;
     let low = log ? Math.floor(scale(Math.min(...values))) : 0;
@@ -217,6 +218,7 @@ function explorable(place) {
   }
 
   draw();
+  addEventListener("resize", draw);
 }
 
 if (typeof module !== "undefined") {

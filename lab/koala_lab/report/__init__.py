@@ -56,8 +56,8 @@ def assemble(sources: Path, extra: Path) -> None:
     fresh = shown.anything_executed()
     notebooks, pictures, verdicts = shown.notebooks(), shown.figures(), shown.verdicts()
     by_name = {picture.name: picture for picture in pictures}
-    for each in notebooks:
-        staging.stage(each, sources, by_name, fresh)
+    placed = {name for each in notebooks for name in staging.stage(each, sources, by_name, fresh)}
+    pictures = [picture._replace(shown=picture.name in placed) for picture in pictures]
     claim_pages.write(sources, verdicts, notebooks, pictures, claim_pages.run_keys(notebooks))
     pages.write(sources, extra, notebooks, pictures, claim_pages.judged(verdicts), differences(), fresh)
 

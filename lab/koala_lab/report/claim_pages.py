@@ -15,7 +15,7 @@ from koala_lab import notebook as nb
 from koala_lab.claims import ANY, NOT_RUN, PRESETS, Claim, Criterion, Verdict
 from koala_lab.claims.judge import CONTRADICTED, INCONCLUSIVE, MIXED, REPRODUCED
 from koala_lab.claims.scoreboard import NOT_YET
-from koala_lab.report.shown import Picture, Shown
+from koala_lab.report.shown import DAMAGED, Picture, Shown
 
 Judged = Mapping[tuple[str, str], Verdict]  # by claim id and preset
 Keys = Mapping[tuple[str, str], dict[str, list[str]]]  # by notebook and preset, the keys of the runs of each row
@@ -63,7 +63,7 @@ def run_keys(notebooks: Iterable[Shown]) -> Keys:
     """Return the keys of the runs of every notebook and preset, by row; without a notebook that cannot be read."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     committed = nb.all_notebooks()
-    for shown in notebooks:
+    for shown in (each for each in notebooks if each.state != DAMAGED):
         for preset in PRESETS:
             if preset != PRESETS[0] and not nb.preset_file(shown.name, preset).exists():
                 continue
@@ -128,7 +128,7 @@ def _sources(name: str, titles: Mapping[str, str], pictures: Sequence[Picture], 
     links = [f"[{titles[name]}](/notebooks/{name}.ipynb)"]
     for picture in (p for p in pictures if p.origin["notebook"] == name):
         short = html.escape(Path(picture.name).name)
-        links.append(f'<a href="../notebooks/{name}.html#figure-{short}">figure {short}</a>')
+        links.append(f'<a href="../{picture.address}">figure {short}</a>')
     for preset in PRESETS:
         file, place = runs.results_file(preset, name), f"results/{preset}/{name}.json"
         if file.exists():

@@ -159,7 +159,7 @@ def _landing(
 
 def _draw_overview(counts: str, file: Path) -> bool:
     """Draw the count rows; say whether there is anything to draw."""
-    rows = overview.count_rows(f"{claims.BEGIN}\n{counts}\n{claims.END}")
+    rows = [row for row in overview.count_rows(f"{claims.BEGIN}\n{counts}\n{claims.END}") if any(row.counts.values())]
     if rows:
         figure = overview.draw(rows)
         figure.savefig(file, dpi=150)
@@ -302,8 +302,7 @@ def _figures(folder: Path, pictures: Sequence[Picture]) -> str:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture.png, copy)
         count = len(picture.origin.get("runs", []))
-        notebook = picture.origin["notebook"]
-        link = f'<a href="notebooks/{notebook}.html#figure-{Path(picture.name).name}">{notebook}</a>'
+        link = f'<a href="{picture.address}">{picture.origin["notebook"]}</a>'
         runs = f", {count} runs" if count else ""
         text.append(
             f":::{{grid-item-card}}\n:img-top: figures/{picture.name}.png\n:img-alt: figure {picture.name}\n\n"

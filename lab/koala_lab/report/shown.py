@@ -36,11 +36,19 @@ class Picture(NamedTuple):
         name: Path below ``figures/`` without suffix.
         png: The picture; PDF, JSON and CSV lie beside it.
         origin: The sidecar: ``notebook``, ``runs``, ``parameters`` and more.
+        shown: Whether its notebook shows it, so that it has an address there.
     """
 
     name: str
     png: Path
     origin: dict[str, Any]
+    shown: bool = False
+
+    @property
+    def address(self) -> str:
+        """Return its place, from the first page of the site."""
+        page = f"notebooks/{self.origin['notebook']}.html"
+        return f"{page}#figure-{Path(self.name).name}" if self.shown else page
 
 
 def anything_executed() -> bool:

@@ -25,7 +25,7 @@ _FIGURE = re.compile(r"""ctx\.figure\(.+?,\s*(f?)["']([^"']+)["']""", re.DOTALL)
 _DECIDED = re.compile(r"  (reproduced|mixed|contradicted)( \([^)]*\))?: (\S+): (.*?), n = (\d+ \w+)(?:; rates (.*))?")
 
 
-def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bool) -> Path:
+def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bool) -> set[str]:
     """Write a notebook as the site shows it.
 
     Args:
@@ -35,21 +35,23 @@ def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bo
         fresh: Whether the report is about notebooks that were executed, so that others are marked.
 
     Returns:
-        The file written, ``notebooks/<name>.ipynb`` in the folder.
+        The names of the figures that it shows; its file is ``notebooks/<name>.ipynb`` in the folder.
     """
     target = folder / "notebooks" / f"{shown.name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
+    placed: set[str] = set()
     if shown.state == DAMAGED:
         book = new_notebook(cells=[new_markdown_cell(f"# {shown.name}\n\n:::{{danger}}\n{shown.title}\n:::")])
     else:
         book = nbformat.read(shown.file, as_version=4)  # type: ignore[no-untyped-call]
         shutil.copy(shown.file, target.with_suffix(".original"))
         book.cells = [each for cell in book.cells for each in _cells(cell, shown, target, pictures)]
+        placed = {name for cell in book.cells for name in cell.metadata.get("figures", [])}
         _caption_figures(book.cells)
         book.cells.insert(1, new_markdown_cell(_head(shown, fresh)))
     book.metadata = {"language_info": {"name": "python", "pygments_lexer": "python"}}
     nbformat.write(book, target)  # type: ignore[no-untyped-call]
-    return target
+    return placed
 
 
 def _head(shown: Shown, fresh: bool) -> str:
@@ -76,6 +78,10 @@ def _cells(cell: NotebookNode, shown: Shown, target: Path, pictures: Mapping[str
         return
     drawn = _pictures(cell, shown, pictures)
     cell.metadata = _folded(cell, bool(drawn))
+    for output in cell.outputs:
+        if "text/markdown" in output.get("data", {}):
+            text = str(output.data["text/markdown"])
+            output.data = {"text/markdown": re.sub(r"\.ipynb(?=[#)])", ".html", text)}
     if "ctx.verdicts(" in cell.source:
         cell.outputs = [piece for output in cell.outputs for piece in _tables(output, shown.name)]
     if not drawn:
@@ -140,7 +146,7 @@ def _figures(cell: NotebookNode, drawn: Sequence[Picture], target: Path) -> Iter
         lines.append(
             f'<span id="figure-{html.escape(name)}"></span>**Figure {name}**{drawn_from}: {" · ".join(links)}'
         )
-    cell.metadata["figures"] = [Path(picture.name).name for picture in drawn]
+    cell.metadata["figures"] = [picture.name for picture in drawn]
     yield cell
     yield new_markdown_cell("\\\n".join(lines), metadata={"caption": True})
 
@@ -158,7 +164,7 @@ def _caption_figures(cells: Sequence[NotebookNode]) -> None:
                 title = title or _plain(cell.source.partition("\n")[0])
                 said = _plain(cell.source.strip().rpartition("\n\n")[2])
         elif names := cell.metadata.pop("figures", None):
-            alt = f"Figure {', '.join(names)} of {title}. {said}"[:400]
+            alt = f"Figure {', '.join(Path(name).name for name in names)} of {title}. {said}"[:400]
             cell.metadata["mystnb"] = {**cell.metadata.get("mystnb", {}), "image": {"alt": alt}}
 
 

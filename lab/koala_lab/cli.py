@@ -224,9 +224,7 @@ def _train(todo: list[RunConfig], store: Store, device: str, budget: float) -> t
 def notebook(
     path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
     preset: Preset = "quick",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="executed .ipynb")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="executed .ipynb")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself")] = False,
     parameter: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")

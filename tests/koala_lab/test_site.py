@@ -25,7 +25,7 @@ THEMES = ("light", "dark")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The site of the committed notebooks, made once for all workers; KOALA_SITE names one that is there, to test it."""
+    """The site of the committed notebooks, made once for all workers; KOALA_SITE names another to test."""
     if given := os.environ.get("KOALA_SITE"):
         return Path(given).resolve()
     folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
@@ -134,7 +134,9 @@ def test_a_missing_equation_is_noticed() -> None:
 
 def test_marks_are_read_with_their_owner_and_their_paper(tmp_path: Path) -> None:
     file = tmp_path / "koala.py"
-    file.write_text('"""Eq. 1, x(2)."""\n\n\nclass A:\n    def f(self):\n        """MEKA, eqs. 3 and (5)-(6)."""\n        # (9)\n')
+    file.write_text(
+        '"""Eq. 1, x(2)."""\n\n\nclass A:\n    def f(self):\n        """MEKA, eqs. 3 and (5)-(6)."""\n        # (9)\n'
+    )
     found = [(m.paper, m.number, m.line, m.owner) for m in equations.in_code(file)]
     assert sorted(found, key=lambda m: m[1]) == [
         ("koala", 1, 1, ""),

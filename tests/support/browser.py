@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through its debugging pipe: opens pages, reports script errors and requests, takes pictures.
+"""Headless Chromium, driven through its debugging pipe: opens pages, reports errors and requests, takes pictures.
 
 Nothing but the standard library; Debian's package is ``chromium``.
 """

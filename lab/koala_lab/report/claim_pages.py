@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from koala_lab import claims, paths, runs
+from koala_lab import claims, runs
 from koala_lab import notebook as nb
 from koala_lab.claims import ANY, NOT_RUN, PRESETS, Claim, Criterion, Verdict
 from koala_lab.claims.judge import CONTRADICTED, INCONCLUSIVE, MIXED, REPRODUCED

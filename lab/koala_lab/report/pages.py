@@ -24,23 +24,9 @@ TESTS_SHOWN = 5  # under each equation
 THEORY = "11_"  # the notebook of each paper's theorems
 BEYOND = ("beyond/", "koala/32_")  # questions that no paper asks
 
+_TEXTS = Path(__file__).parent / "site" / "pages"
 _OVERVIEW = "Bars of each paper's claims: how many are reproduced, mixed, inconclusive or contradicted in small runs"
 _EVERYWHERE = ["be_the_filter", "claims/index", "figures"]  # in the first part
-
-_HOW = """
-A claim is a number or a statement of a paper. It is judged by a rule that was written down before the runs.
-
-| verdict | means |
-|---|---|
-| <span class="reproduced">reproduced</span> | seeds and interval say yes |
-| <span class="mixed">mixed</span> | yes on some data sets or conditions, no on others |
-| <span class="inconclusive">inconclusive</span> | the measurements cannot tell, nothing could have failed, or no network has learned the task |
-| <span class="contradicted">contradicted</span> | seeds and interval say no |
-
-*not run yet*: the claim lists a test that has no measurements; *not run at this scale*: it lists none. The scales: `quick`
-is digits and synthetic problems, `desktop` small public data sets on two cores, `paper` the paper's own protocol. What
-is algebra, an identity or a small problem with a known answer has no scale and is settled once.
-"""
 
 
 def write(
@@ -63,7 +49,7 @@ def write(
             (folder / f"{name}.md").write_text(_part(name, title, members, known, fresh), encoding="utf-8")
     modules = _library(folder)
     (folder / "figures.md").write_text(_figures(folder, pictures), encoding="utf-8")
-    (folder / "be_the_filter.md").write_text(_EXPLORABLE, encoding="utf-8")
+    shutil.copy(_TEXTS / "be_the_filter.md", folder)
     _code(folder, extra)
     (folder / "index.md").write_text(_landing(folder, parts, modules, known, differences, fresh), encoding="utf-8")
 
@@ -107,7 +93,9 @@ def _part(name: str, title: str, members: Sequence[Shown], known: Judged, fresh:
         item = "" if shown.state == DAMAGED else _item(shown)
         words = claim_pages.verdict_words(claim_pages.tally(known, [shown.name]))
         label = shown.name if shown.state == DAMAGED else shown.title
-        text.append(f"| [{_cell(label)}](notebooks/{shown.name}.ipynb){_state(shown, fresh)} | {_cell(item)} | {words} |")
+        text.append(
+            f"| [{_cell(label)}](notebooks/{shown.name}.ipynb){_state(shown, fresh)} | {_cell(item)} | {words} |"
+        )
     return "\n".join(text) + "\n"
 
 
@@ -150,7 +138,7 @@ def _landing(
         f"![{_OVERVIEW}](overview.png)\n" if drawn else "",
         counts,
         "## How to read a verdict",
-        _HOW,
+        (_TEXTS / "verdicts.md").read_text(encoding="utf-8"),
     ]
     for title, docs in _contents(parts, modules).items():
         text.append(f"```{{toctree}}\n:caption: {title}\n:hidden:\n:titlesonly:\n\n" + "\n".join(docs) + "\n```\n")
@@ -206,9 +194,9 @@ def _equations(paper: str, listed: Sequence[Equation], marks: Sequence[Mark], no
     places = _in_notebooks(paper, notebooks)
     text = [
         f"# {PAPERS[paper]}: its equations\n",
-        f"Every numbered equation of the paper: the notebooks that speak of it, the code that computes it, and tests. "
-        f"The links are read from the marks in docstrings, comments and notebooks. Symbols: "
-        f"[notation](/notebooks/01_notation.ipynb).\n"
+        "Every numbered equation of the paper: the notebooks that speak of it, the code that computes it, and tests. "
+        "The links are read from the marks in docstrings, comments and notebooks. Symbols: "
+        "[notation](/notebooks/01_notation.ipynb).\n"
         if any(s.name == "01_notation" for s in notebooks)
         else "",
     ]
@@ -230,7 +218,9 @@ def _equation(equation: Equation, marks: Sequence[Mark], places: Sequence[str]) 
     text.append(f"- **code:** {' · '.join(links)}" if links else f"- **code:** none; {equation.no_code}")
     tests = equations.tests_of(equation, marks, ROOT)
     if tests:
-        shown = [_code_link(t.file, t.line, t.name.removeprefix("test_").replace("_", " ")) for t in tests[:TESTS_SHOWN]]
+        shown = [
+            _code_link(t.file, t.line, t.name.removeprefix("test_").replace("_", " ")) for t in tests[:TESTS_SHOWN]
+        ]
         more = f" and {len(tests) - TESTS_SHOWN} more" if len(tests) > TESTS_SHOWN else ""
         text.append(f"- **tests:** {' · '.join(shown)}{more}")
     return "\n".join(text) + "\n"
@@ -243,7 +233,14 @@ def _rank(mark: Mark) -> tuple[bool, bool, bool, str, int]:
 
 
 def _module(file: Path) -> str:
-    return file.relative_to(ROOT).with_suffix("").as_posix().removeprefix("lab/").removesuffix("/__init__").replace("/", ".")
+    return (
+        file.relative_to(ROOT)
+        .with_suffix("")
+        .as_posix()
+        .removeprefix("lab/")
+        .removesuffix("/__init__")
+        .replace("/", ".")
+    )
 
 
 def _code_link(file: Path, line: int, label: str) -> str:
@@ -319,7 +316,10 @@ def _library(folder: Path) -> list[str]:
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root.parent).with_suffix("").parts
         module = ".".join(parts).removesuffix(".__init__")
-        if any(part.startswith("_") and part != "__init__" for part in parts) or module in ("koala_lib", "koala_lib.optim"):
+        if any(part.startswith("_") and part != "__init__" for part in parts) or module in (
+            "koala_lib",
+            "koala_lib.optim",
+        ):
             continue
         names.append(f"api/{module}")
         text = f"# `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n   :show-inheritance:\n```\n"
@@ -331,26 +331,3 @@ def _library(folder: Path) -> list[str]:
         encoding="utf-8",
     )
     return names
-
-
-_EXPLORABLE = """# Be the filter
-
-KOALA believes that every minibatch loss is a noisy measurement of a target. How far it trusts one, and so how far it
-steps, is a matter of four numbers. Move them.
-
-```{raw} html
-<div id="be-the-filter"></div>
-<script src="_static/filter.js"></script>
-```
-
-**What to notice.** As it stands, the filter starts with the variance $P_0$, and the first losses move it far. Every
-loss makes it surer (the variance falls), every prediction less sure (it grows by $Q$); where the two balance the gain
-settles, and with it the length of the steps. Raise $R$, the noise that a loss is said to have, and it believes them
-less: short, smooth steps. At $R=0$ it believes every loss to the letter and makes Polyak's step. Raise $Q$ and it
-never becomes sure. $P_0$ is soon forgotten. With $\\kappa>0$ (KOALA-M) steps keep a velocity, which has a variance of its
-own.
-
-The equations are (12) and (13), with a velocity (16) to (21), of [KOALA](equations/koala.md); the script computes what
-`koala_lib/kalman.py` computes, and a test holds it to that in twelve digits. The loss is $\\frac12(x^2+8y^2)$ with a
-noise of its own at every step, the target 0.
-"""

@@ -67,6 +67,10 @@ def _head(shown: Shown, fresh: bool) -> str:
         up = "../" * (shown.name.count("/") + 1)
         parts.append(f'<a href="{up}claims/index.html#notebook={shown.name}">its {len(mine)} claims</a>')
         parts.append(f"[the paper's equations](/equations/{paper}.md)")
+    if repository := os.environ.get("KOALA_REPOSITORY"):  # owner/name on GitHub, where the site is published from there
+        place = f"notebooks/{shown.name}.ipynb"
+        parts.append(f"[Binder](https://mybinder.org/v2/gh/{repository}/HEAD?urlpath=lab/tree/{place})")
+        parts.append(f"[Colab](https://colab.research.google.com/github/{repository}/blob/HEAD/{place})")
     return notes.get(shown.state, "") + " · ".join(parts)
 
 
@@ -143,9 +147,7 @@ def _figures(cell: NotebookNode, drawn: Sequence[Picture], target: Path) -> Iter
                 links.append(f"{{download}}`{_kind(file)} <{file.name}>`")
         runs = len(picture.origin.get("runs", []))
         drawn_from = f", drawn from {runs} runs" if runs else ""
-        lines.append(
-            f'<span id="figure-{html.escape(name)}"></span>**Figure {name}**{drawn_from}: {" · ".join(links)}'
-        )
+        lines.append(f'<span id="figure-{html.escape(name)}"></span>**Figure {name}**{drawn_from}: {" · ".join(links)}')
     cell.metadata["figures"] = [picture.name for picture in drawn]
     yield cell
     yield new_markdown_cell("\\\n".join(lines), metadata={"caption": True})
@@ -189,7 +191,9 @@ def _tables(output: NotebookNode, name: str) -> Iterator[NotebookNode]:
         found = _DECIDED.fullmatch(line)
         if found:
             rows.append(_row(found, setting, name))
-        elif re.match(r"(quick|desktop|paper|custom|at any scale)(: [^:]*)?$", line) and not re.match(r"\w+: \d+ ", line):
+        elif re.match(r"(quick|desktop|paper|custom|at any scale)(: [^:]*)?$", line) and not re.match(
+            r"\w+: \d+ ", line
+        ):
             setting = line
         else:
             text.append(line)
@@ -197,7 +201,7 @@ def _tables(output: NotebookNode, name: str) -> Iterator[NotebookNode]:
         yield output
         return
     head = "<tr><th>verdict</th><th>claim</th><th>measured</th><th>n</th><th>on</th></tr>"
-    table = f'<div class="verdicts"><table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+    table = f'<table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
     yield new_output("display_data", {"text/html": table, "text/plain": "\n".join(rows)})
     if text:
         yield new_output("stream", name="stdout", text="\n".join(text) + "\n")
@@ -243,5 +247,3 @@ def sections(shown: Shown) -> Iterator[tuple[str, str]]:
             if part.startswith("#"):
                 heading = part.partition("\n")[0].lstrip("# ").strip()
             yield heading, part
-
-

@@ -1,6 +1,7 @@
 """Sphinx configuration of the site; :mod:`koala_lab.report` writes the pages and calls Sphinx."""
 
 import re
+
 from sphinx.application import Sphinx
 
 from koala_lab.report.code import address
@@ -65,7 +66,7 @@ html_last_updated_fmt = None
 
 
 def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keep |g|^2 and x_ of docstrings from being read as marks of reStructuredText; literals and math are left alone."""
+    """Keep |g|^2 and x_ in docstrings from being read as marks of reStructuredText, but for literals and formulas."""
     math: int | None = None
     for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())

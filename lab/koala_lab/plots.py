@@ -395,8 +395,11 @@ def drawn(fig: Figure) -> pd.DataFrame:
     rows: list[tuple[str, str, Any, Any]] = []
     for number, ax in enumerate(fig.axes, start=1):
         panel = " / ".join(filter(None, (str(number), ax.get_title() or ax.get_title("left"), ax.get_ylabel())))
-        series = [(line.get_label(), zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in ax.lines]
-        series += [(dots.get_label(), dots.get_offsets()) for dots in ax.collections if len(dots.get_offsets())]
+        series: list[tuple[object, Any]] = []
+        for line in ax.lines:
+            points = zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True)
+            series.append((line.get_label(), points))
+        series += [(dots.get_label(), np.asarray(dots.get_offsets())) for dots in ax.collections]
         for bars in ax.containers:
             patches = [bar for bar in bars if isinstance(bar, Rectangle)]
             ends = [(bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height()) for bar in patches]

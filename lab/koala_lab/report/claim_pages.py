@@ -15,6 +15,7 @@ from koala_lab import notebook as nb
 from koala_lab.claims import ANY, NOT_RUN, PRESETS, Claim, Criterion, Verdict
 from koala_lab.claims.judge import CONTRADICTED, INCONCLUSIVE, MIXED, REPRODUCED
 from koala_lab.claims.scoreboard import NOT_YET
+from koala_lab.report.equations import PAPERS
 from koala_lab.report.shown import DAMAGED, Picture, Shown
 
 Judged = Mapping[tuple[str, str], Verdict]  # by claim id and preset
@@ -243,7 +244,7 @@ def mosaic(known: Judged) -> str:
     Where a claim was judged at several scales, the largest that decided anything counts.
     """
     parts = []
-    for paper in claims.available():
+    for paper in sorted(claims.available(), key=[*PAPERS].index):
         squares = []
         for claim in claims.load(paper).values():
             found = [status(claim, preset, known) for preset in presets_of(claim)]

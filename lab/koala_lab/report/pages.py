@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from docutils.nodes import make_id
+from docutils.nodes import make_id  # type: ignore[import-untyped]
 
 from koala_lab import claims, paths
 from koala_lab.files import read_yaml
@@ -208,7 +208,12 @@ def _equations(paper: str, listed: Sequence[Equation], marks: Sequence[Mark], no
 
 def _equation(equation: Equation, marks: Sequence[Mark], places: Sequence[str]) -> str:
     where = f"section {equation.section}" if equation.section[0].isdigit() else equation.section
-    text = [f"\n## eq. {equation.number}\n", f"{equation.says} ({where})\n", f"$$\n{equation.tex}\n$$\n"]
+    text = [
+        f"\n## eq. {equation.number}\n",
+        f"```{{index}} ! eq. {equation.number}\n```\n",
+        f"{equation.says} ({where})\n",
+        f"$$\n{equation.tex}\n$$\n",
+    ]
     if places:
         text.append(f"- **notebooks:** {' · '.join(places)}")
     owners: dict[tuple[Path, str], Mark] = {}
@@ -250,7 +255,7 @@ def _code_link(file: Path, line: int, label: str) -> str:
 
 def slug_of(heading: str) -> str:
     """Return the address of a heading on its page, as the configuration makes it."""
-    return make_id(re.sub(r"\$[^$]*\$|`", "", heading))
+    return str(make_id(re.sub(r"\$[^$]*\$|`", "", heading)))
 
 
 def _in_notebooks(paper: str, notebooks: Sequence[Shown]) -> dict[int, list[str]]:

@@ -85,6 +85,7 @@ def _title(name: str, committed: Path) -> str:
 def figures() -> list[Picture]:
     """Return the figures of the report, and where there is none of a name, the committed one."""
     found: dict[str, Picture] = {}
+    known = nb.all_notebooks()
     for folder in dict.fromkeys((paths.figures_dir(), paths.ROOT / "figures")):
         for sidecar in sorted(folder.rglob("*.json")):
             name = sidecar.relative_to(folder).with_suffix("").as_posix()
@@ -96,7 +97,7 @@ def figures() -> list[Picture]:
                 )
                 continue
             png = sidecar.with_suffix(".png")
-            if "notebook" in origin and png.exists():  # the others: pictures of README and template
+            if origin.get("notebook") in known and png.exists():  # the others: pictures of README and template
                 found.setdefault(name, Picture(name, png, origin))
     return [found[name] for name in sorted(found)]
 

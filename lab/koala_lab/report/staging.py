@@ -41,17 +41,25 @@ def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bo
     target.parent.mkdir(parents=True, exist_ok=True)
     placed: set[str] = set()
     if shown.state == DAMAGED:
-        book = new_notebook(cells=[new_markdown_cell(f"# {shown.name}\n\n:::{{danger}}\n{shown.title}\n:::")])
+        book = new_notebook(cells=[_markdown(f"# {shown.name}\n\n:::{{danger}}\n{shown.title}\n:::")])  # type: ignore[no-untyped-call]
     else:
         book = nbformat.read(shown.file, as_version=4)  # type: ignore[no-untyped-call]
         shutil.copy(shown.file, target.with_suffix(".original"))
         book.cells = [each for cell in book.cells for each in _cells(cell, shown, target, pictures)]
         placed = {name for cell in book.cells for name in cell.metadata.get("figures", [])}
         _caption_figures(book.cells)
-        book.cells.insert(1, new_markdown_cell(_head(shown, fresh)))
+        book.cells.insert(1, _markdown(_head(shown, fresh)))
     book.metadata = {"language_info": {"name": "python", "pygments_lexer": "python"}}
     nbformat.write(book, target)  # type: ignore[no-untyped-call]
     return placed
+
+
+def _markdown(text: str, **metadata: bool) -> NotebookNode:
+    return new_markdown_cell(text, metadata=metadata)  # type: ignore[no-untyped-call]
+
+
+def _output(kind: str, **fields: Any) -> NotebookNode:
+    return new_output(kind, **fields)  # type: ignore[no-untyped-call]
 
 
 def _head(shown: Shown, fresh: bool) -> str:
@@ -150,7 +158,7 @@ def _figures(cell: NotebookNode, drawn: Sequence[Picture], target: Path) -> Iter
         lines.append(f'<span id="figure-{html.escape(name)}"></span>**Figure {name}**{drawn_from}: {" · ".join(links)}')
     cell.metadata["figures"] = [picture.name for picture in drawn]
     yield cell
-    yield new_markdown_cell("\\\n".join(lines), metadata={"caption": True})
+    yield _markdown("\\\n".join(lines), caption=True)
 
 
 def _kind(file: Path) -> str:
@@ -202,9 +210,9 @@ def _tables(output: NotebookNode, name: str) -> Iterator[NotebookNode]:
         return
     head = "<tr><th>verdict</th><th>claim</th><th>measured</th><th>n</th><th>on</th></tr>"
     table = f'<table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
-    yield new_output("display_data", {"text/html": table, "text/plain": "\n".join(rows)})
+    yield _output("display_data", data={"text/html": table, "text/plain": "\n".join(rows)})
     if text:
-        yield new_output("stream", name="stdout", text="\n".join(text) + "\n")
+        yield _output("stream", name="stdout", text="\n".join(text) + "\n")
 
 
 def _paragraphs(text: str) -> Iterator[str]:

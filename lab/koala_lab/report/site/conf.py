@@ -22,7 +22,7 @@ extensions = [
 
 nb_execution_mode = "off"  # what is shown was executed before
 nb_merge_streams = True
-nb_ipywidgets_js = {}  # of another server
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # of another server
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 myst_heading_slug_func = "docutils.nodes.make_id"
@@ -80,6 +80,12 @@ def plain(app: object, what: str, name: str, obj: object, options: object, lines
             lines[number] = "".join(pieces)
 
 
+def skip(app: object, what: str, name: str, obj: object, skipped: bool, options: object) -> bool | None:
+    """Leave out the fields of named tuples, of which Python knows no more than their number."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Connect what the configuration defines."""
+    app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", plain)

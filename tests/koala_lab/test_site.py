@@ -135,7 +135,8 @@ def test_a_missing_equation_is_noticed() -> None:
 def test_marks_are_read_with_their_owner_and_their_paper(tmp_path: Path) -> None:
     file = tmp_path / "koala.py"
     file.write_text(
-        '"""Eq. 1, x(2)."""\n\n\nclass A:\n    def f(self):\n        """MEKA, eqs. 3 and (5)-(6)."""\n        x = 1  # (9)\n'
+        '"""Eq. 1, x(2)."""\n\n\nclass A:\n    def f(self):\n'
+        '        """MEKA, eqs. 3 and (5)-(6)."""\n        x = 1  # (9)\n'
     )
     found = [(m.paper, m.number, m.line, m.owner) for m in equations.in_code(file)]
     assert sorted(found, key=lambda m: m[1]) == [

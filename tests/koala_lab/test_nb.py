@@ -334,7 +334,7 @@ def test_a_custom_run_leaves_verdicts_and_figures_of_the_standard_run_alone(
     after = {p: p.read_bytes() for p in project.root.rglob("report/**/*") if p.is_file()}
     assert {p: after[p] for p in before} == before
     new = {p.relative_to(project.root / "report" / "custom" / CLAIMS_OF).as_posix() for p in after.keys() - before}
-    assert new == {"verdicts.json", *(f"figures/koala/a.{suffix}" for suffix in ("png", "pdf", "json"))}
+    assert new == {"verdicts.json", *(f"figures/koala/a.{suffix}" for suffix in ("png", "pdf", "csv", "json"))}
 
 
 @pytest.mark.usefixtures("project")
@@ -379,7 +379,7 @@ def test_a_figure_shows_every_seed_the_mean_and_the_interval() -> None:
 def test_the_same_figure_gives_the_same_bytes_and_a_sidecar(tmp_path: Path) -> None:
     origin = {"notebook": "koala/20_tiny", "runs": ["b", "a"], "parameters": {"lr": 0.1}}
     first, second = (plots.save(_figure(), tmp_path / folder / "v1.5", origin) for folder in ("a", "b"))
-    for suffix in (".png", ".pdf", ".json"):
+    for suffix in (".png", ".pdf", ".csv", ".json"):
         one, two = (p.parent / f"v1.5{suffix}" for p in (first, second))
         assert one.read_bytes() == two.read_bytes(), suffix
     assert json.loads((tmp_path / "a" / "v1.5.json").read_text()) == {"figure": "v1.5", **origin}

@@ -55,11 +55,13 @@ def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bo
 
 
 def _markdown(text: str, **metadata: bool) -> NotebookNode:
-    return new_markdown_cell(text, metadata=metadata)  # type: ignore[no-untyped-call]
+    cell: NotebookNode = new_markdown_cell(text, metadata=metadata)  # type: ignore[no-untyped-call]
+    return cell
 
 
 def _output(kind: str, **fields: Any) -> NotebookNode:
-    return new_output(kind, **fields)  # type: ignore[no-untyped-call]
+    output: NotebookNode = new_output(kind, **fields)  # type: ignore[no-untyped-call]
+    return output
 
 
 def _head(shown: Shown, fresh: bool) -> str:

@@ -103,6 +103,6 @@ def figures() -> list[Picture]:
 
 
 def verdicts() -> list[claims.Verdict]:
-    """Return the report's verdicts; the committed ones where nothing has been executed."""
-    committed = paths.results_dir() / "verdicts.json"
-    return claims.saved() if anything_executed() else claims.read_verdicts(committed)
+    """Return the report's verdicts; the committed ones where there are none and nothing has been executed."""
+    saved = claims.saved()
+    return saved if saved or anything_executed() else claims.read_verdicts(paths.results_dir() / "verdicts.json")

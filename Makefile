@@ -22,7 +22,7 @@ VERSION := $(if $(call BY_HAND,PYTHON),$(shell $(PYTHON) -c 'import sys; print("
 UNFIT := $(shell test ! -e .venv || $(PY) -I .ci/environment.py '$(CURDIR)' $(STAMP) $(VERSION) 2>/dev/null || echo does not run)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test processors faults lab bench figures clean FORCE
+.PHONY: help setup reproduce site test processors faults lab bench figures clean FORCE
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ $(STAMP): pyproject.toml lab/pyproject.toml $(if $(call BY_HAND,TORCH)$(UNFIT),F
 
 reproduce: setup ## execute all notebooks at the quick preset and build report/index.html
 	$(PY) -m snakemake --workflow-profile profiles/local --cores $(JOBS) --quiet host reason
+
+site: setup ## build report/index.html from what was executed, or from the committed notebooks where nothing was
+	$(KOALA) report
 
 test: setup ## lint, type check, unit tests, and every notebook against its stored outputs
 	$(PY) -m ruff check .

@@ -56,7 +56,7 @@ def digest(*files):
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files))).hexdigest()[:16]
 
 
-BESIDE = {LAB / name for name in ("bench/cost.py", "cli.py", "report/__init__.py")}  # no notebook uses these
+BESIDE = {LAB / "bench/cost.py", LAB / "cli.py", *(LAB / "report").rglob("*.py")}  # no notebook uses these
 SHARED = digest(
     *LIBRARY.rglob("*.py"),
     *(f for f in LAB.rglob("*.py") if f not in BESIDE),
@@ -105,23 +105,22 @@ rule notebook:
         runs=lambda w: marks(w.name),
         stored=lambda w: stored(w.name),
     output:
-        notebook=REPORT + "/notebooks/{name}.ipynb",
-        page=REPORT + "/notebooks/{name}.html",
+        REPORT + "/notebooks/{name}.ipynb",
     params:
         shared=SHARED,
     message:
         "notebook {wildcards.name}"
     shell:
-        "{INTO} {KOALA} notebook {input.notebook:q} --preset {PRESET} -o {output.notebook:q}"
+        "{INTO} {KOALA} notebook {input.notebook:q} --preset {PRESET} -o {output:q}"
 
 
 rule report:
     input:
-        expand(REPORT + "/notebooks/{name}.html", name=NOTEBOOKS),
+        expand(REPORT + "/notebooks/{name}.ipynb", name=NOTEBOOKS),
     output:
         REPORT + "/index.html",
     params:
-        shared=digest(*(LAB / "report").glob("*.py")),
+        shared=digest(*(f for f in (LAB / "report").rglob("*") if f.is_file() and f.suffix != ".pyc"), paths.equations()),
     message:
         "report"
     shell:

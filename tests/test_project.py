@@ -26,7 +26,7 @@ LIBRARY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAB = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
 ON_CONDA_FORGE = {"torch": "pytorch", "matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 FRAMEWORKS = {"lightning", "transformers", "accelerate", "skorch", "pytorch-ignite"}
-PIP_ONLY = {"snakemake", "pytorch-optimizer"} | FRAMEWORKS  # come with `pip: -e ./lab[all]`
+PIP_ONLY = {"snakemake", "pytorch-optimizer", "sphinx-mathjax-offline"} | FRAMEWORKS  # come with `pip: -e ./lab[all]`
 ON_CLUSTERS = {"slurm"}  # extras that are not part of `all`
 
 
@@ -195,6 +195,18 @@ def test_a_test_run_has_a_store_and_a_report_of_its_own() -> None:
     for folder in (paths.runs_dir(), paths.report_dir(), paths.figures_dir()):
         assert not folder.is_relative_to(ROOT)
         assert folder.parent == paths.runs_dir().parent  # the one that conftest.py made, on every worker
+
+
+def test_the_site_is_published_with_the_torch_of_the_makefile() -> None:
+    ci, site = (
+        yaml.load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(), yaml.BaseLoader)["jobs"]
+        for name in ("ci", "site")
+    )
+    assert site["publish"]["env"]["TORCH"] == ci["test"]["env"]["TORCH"]
+    runs = [step["run"] for step in site["publish"]["steps"] if "run" in step]
+    assert runs == ["make site"]
+    [upload] = [step for step in site["publish"]["steps"] if "upload-pages-artifact" in step.get("uses", "")]
+    assert upload["with"]["path"] == paths.ROOT.joinpath("report").name
 
 
 def test_the_workflow_runs_what_ci_runs_with_the_torch_of_the_makefile() -> None:

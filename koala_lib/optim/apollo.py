@@ -127,6 +127,8 @@ def _update_curvatures(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
     r"""Change the diagonal B of every tensor in place, as little as the weak secant equation allows (8).
 
+    The solution (7) of (6) for the displacement -eta d and the change of gradient eta y; eta cancels.
+
     .. math::
         B \leftarrow B - \frac{d^\top y + d^\top B d}{(\|d\|_4 + \epsilon)^4}\, d^2.
 
@@ -197,7 +199,7 @@ class Apollo(CheckedOptimizer):
         lr: eta. Schedulers act on it, after the warm-up.
         beta: coefficient of the average of the gradients, in [0, 1).
         eps: epsilon, see ``eps_scaling``.
-        sigma: the floor of \|B\|. Trajectories depend on lr / sigma and on epsilon sigma only (Theorem 1, which leaves
+        sigma: the floor of \|B\|. Trajectories depend on lr / sigma and on epsilon sigma only (eq. 11, which leaves
             out epsilon), with decoupled decay also on sigma times the decay.
         warmup_steps: for so many steps the learning rate rises linearly from ``warmup_init_lr`` at the first step to
             the ``lr`` that the group was made with, whatever schedulers say meanwhile. ``lr = 0`` stands still also

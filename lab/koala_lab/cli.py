@@ -252,15 +252,13 @@ def _train(todo: list[RunConfig], store: Store, device: str, budget: float) -> t
 def notebook(
     path: Annotated[str, typer.Argument(help="a notebook file, or its name below notebooks/")],
     preset: Preset = "quick",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="executed .ipynb; its page goes beside it")
-    ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself, without a page")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="executed .ipynb")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="refresh the notebook itself")] = False,
     parameter: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="name=value, may be repeated")
     ] = None,
 ) -> None:
-    """Execute one notebook and write it, normalised, with an HTML page.
+    """Execute one notebook and write it, normalised.
 
     If a cell fails the notebook is kept as <output>.failed.ipynb and the exit code is 1.
     """
@@ -280,8 +278,6 @@ def notebook(
     target = (output or file).resolve()
     try:
         execute.execute(file, target, values)
-        if not in_place:
-            execute.to_html(target)
     except execute.NotebookFailed as error:
         _stop(str(error), 1)
 
@@ -309,7 +305,7 @@ def report(
         Path | None, typer.Option(help="a folder of verdicts; list where this report's differ, and do nothing else")
     ] = None,
 ) -> None:
-    """Build report/index.html from the executed notebooks, verdicts and figures that are there."""
+    """Build the site of report/index.html from what was executed, or from the committed notebooks where nothing was."""
     from koala_lab import report as pages
 
     if compare is not None:

@@ -56,6 +56,11 @@ def claims_dir() -> Path:
     return root() / "data" / "claims"
 
 
+def equations() -> Path:
+    """Return the file of the papers' numbered equations."""
+    return root() / "data" / "equations.yaml"
+
+
 def results_dir() -> Path:
     """Return the folder of committed results of the larger presets."""
     return _folder("KOALA_RESULTS", "data", "results")

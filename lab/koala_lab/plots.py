@@ -18,6 +18,7 @@ import pandas as pd
 import seaborn as sns  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from PIL import Image
 
@@ -386,8 +387,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
 
 
+def drawn(fig: Figure) -> pd.DataFrame:
+    """Return the points, lines and bars of a figure: ``panel``, ``series`` (its label, if it has one), ``x``, ``y``.
+
+    >>> fig, ax = plt.subplots()
+    >>> _ = ax.plot([1, 2], [3.0, 4.0], label="loss")
+    >>> drawn(fig)
+      panel series  x    y
+    0     1   loss  1  3.0
+    1     1   loss  2  4.0
+    """
+    rows: list[tuple[str, str, Any, Any]] = []
+    for number, ax in enumerate(fig.axes, start=1):
+        panel = " / ".join(filter(None, (str(number), ax.get_title() or ax.get_title("left"), ax.get_ylabel())))
+        series: list[tuple[object, Any]] = []
+        for line in ax.lines:
+            points = zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True)
+            series.append((line.get_label(), points))
+        series += [(dots.get_label(), np.asarray(dots.get_offsets())) for dots in ax.collections]
+        for bars in ax.containers:
+            patches = [bar for bar in bars if isinstance(bar, Rectangle)]
+            ends = [(bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height()) for bar in patches]
+            series.append((bars.get_label(), ends))
+        for label, points in series:
+            name = "" if str(label).startswith("_") else " ".join(str(label).split())
+            rows += [(" ".join(panel.split()), name, x, y) for x, y in points]
+    return pd.DataFrame(rows, columns=["panel", "series", "x", "y"])
+
+
 def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
-    """Write a figure as PNG and PDF with a JSON sidecar, then close it.
+    """Write a figure as PNG and PDF, what it shows as CSV, and a JSON sidecar that says where it comes from; close it.
 
     The files carry neither date nor software version: the same figure gives the same bytes.
 
@@ -406,6 +435,7 @@ def save(fig: Figure, stem: Path, origin: Mapping[str, Any]) -> Path:
         fig.savefig(pdf, metadata={"CreationDate": None, "Creator": None, "Producer": None})
     with Image.open(png) as picture:  # 256 colours look the same and take a third of the bytes in a notebook
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(png, optimize=True)
+    write_bytes(stem.parent / f"{stem.name}.csv", drawn(fig).to_csv(index=False, float_format="%.6g").encode())
     plt.close(fig)
     sidecar = json.dumps({"figure": stem.name, **origin}, indent=1, sort_keys=True, ensure_ascii=False)
     write_bytes(stem.parent / f"{stem.name}.json", f"{sidecar}\n".encode())

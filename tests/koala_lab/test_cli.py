@@ -18,9 +18,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from koala_lab import cli, paths, runs
+from koala_lab import cli, paths, report, runs
 from koala_lab.config import RunConfig
-from koala_lab.report import build
 from koala_lab.runs.training import RunResult, Stopped
 from tests.support.sandbox import Project
 
@@ -218,26 +217,60 @@ def test_outside_a_checkout_every_command_says_that_it_needs_one(tmp_path: Path,
 # ---------------------------------------------------------------- report
 
 
-def test_the_report_names_every_notebook_and_shows_every_figure(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_shows_every_notebook_as_it_is_and_every_figure(project: Project, tmp_path: Path) -> None:
     for name in ("koala/10_done", "koala/11_failed", "koala/12_missing"):
-        project.notebook(name)
+        project.notebook(name, "print('as committed')")
     executed = paths.report_dir() / "notebooks" / "koala"
     executed.mkdir(parents=True)
-    (executed / "10_done.html").touch()
-    (executed / "11_failed.failed.ipynb").touch()
+    shutil.copy(project.notebook("koala/10_done", "print('executed')"), executed)
+    shutil.copy(project.notebook("koala/11_failed", "1 / 0"), executed / "11_failed.failed.ipynb")
     (paths.figures_dir() / "koala").mkdir(parents=True)
     sidecar = {"figure": "f", "notebook": "koala/10_done", "runs": ["a", "b"]}
     (paths.figures_dir() / "koala" / "f.json").write_text(json.dumps(sidecar))
-    page = build().read_text()
-    assert '<a href="notebooks/koala/10_done.html">koala/10_done</a>: ' in page
-    assert 'koala/11_failed: <span class="failed">failed</span>' in page
-    assert "koala/12_missing: not executed" in page
-    assert '<img src="figures/koala/f.png" alt="koala/f">' in page
-    assert "2 runs" in page
-    assert "<table>" in page
-    assert "not run yet" in page
+    shutil.copy(REPOSITORY / "figures" / "overview.png", paths.figures_dir() / "koala" / "f.png")
+    sources = tmp_path / "sources"
+    report.assemble(sources, tmp_path / "extra")
+
+    def text(page: str) -> str:
+        return (sources / page).read_text(encoding="utf-8")
+
+    landing = text("index.md")
+    assert "- [koala/11_failed](notebooks/koala/11_failed.ipynb): failed" in landing
+    assert "- [koala/12_missing](notebooks/koala/12_missing.ipynb): not executed" in landing
+    assert "- [koala/10_done]" not in landing
+    assert "not run yet" in landing
+    assert "print('executed')" in text("notebooks/koala/10_done.ipynb")
+    assert "This notebook **failed** here" in text("notebooks/koala/11_failed.ipynb")
+    assert "1 / 0" in text("notebooks/koala/11_failed.ipynb")
+    assert "**Not executed** here" in text("notebooks/koala/12_missing.ipynb")
+    assert "10_done.ipynb) |" in text("koala.md")
+    assert '<span class="contradicted">failed</span>' in text("theory.md")
+    assert ":img-top: figures/koala/f.png" in text("figures.md")
+    assert "2 runs" in text("figures.md")
+
+
+def test_without_anything_executed_the_report_shows_what_is_committed(project: Project, tmp_path: Path) -> None:
+    project.notebook("koala/10_done", "print('as committed')")
+    report.assemble(tmp_path / "sources", tmp_path / "extra")
+    landing = (tmp_path / "sources" / "index.md").read_text(encoding="utf-8")
+    assert "Shown are the committed notebooks" in landing
+    assert "Not everything ran" not in landing
+    assert "Not executed" not in (tmp_path / "sources" / "notebooks" / "koala" / "10_done.ipynb").read_text()
+
+
+def test_a_site_is_made_anew_and_leaves_other_reports_alone(project: Project) -> None:
+    project.notebook("koala/10_done", "print('as committed')")
+    old = paths.report_dir() / "notebooks" / "koala" / "09_renamed.html"
+    other = paths.report_dir() / "desktop" / "index.html"
+    for page in (old, other):
+        page.parent.mkdir(parents=True)
+        page.touch()
+    first = report.build()
+    assert first == paths.report_dir() / "index.html"
+    assert "10_done.html" in first.read_text(encoding="utf-8")
+    assert other.exists()
+    assert not old.exists()
+    assert not list(project.root.glob("jupyter_execute"))
 
 
 # ---------------------------------------------------------------- workflow

@@ -18,6 +18,7 @@ from koala_lab.cli import app
 from koala_lab.config import RunConfig
 from koala_lab.files import read_yaml
 from koala_lab.parameters import declared, resolve
+from koala_lab.report import shown
 from koala_lab.runs.training import RunResult
 
 
@@ -181,10 +182,11 @@ def test_a_damaged_sidecar_does_not_block_a_report(elsewhere: Path, content: str
     folder.mkdir(parents=True)
     (folder / "cut.json").write_text(content)
     (folder / "whole.json").write_text(json.dumps({"notebook": "koala/27_cost", "runs": []}))
+    (folder / "whole.png").touch()
     with pytest.warns(UserWarning, match=r"cut.json is no file of a figure .*run its notebook"):
-        page = report.build().read_text()
-    assert "koala/whole" in page
-    assert "koala/cut" not in page
+        names = [picture.name for picture in shown.figures()]
+    assert "koala/whole" in names
+    assert "koala/cut" not in names
 
 
 def test_a_damaged_notebook_is_named_and_takes_no_other_down(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,9 @@ def test_a_damaged_notebook_is_named_and_takes_no_other_down(elsewhere: Path, mo
     assert code == 2
     assert "99_cut.ipynb is no notebook" in output
     assert koala("list", "--only", "apollo/26*")[0] == 0
-    page = report.build().read_text()
+    monkeypatch.setattr(nb, "all_notebooks", lambda: {n: f for n, f in notebooks.items() if "99" in n or "26" in n})
+    report.assemble(elsewhere / "sources", elsewhere / "extra")
+    page = (elsewhere / "sources" / "index.md").read_text(encoding="utf-8")
     assert "99_cut.ipynb is no notebook" in page
     assert "26_sdlbfgs" in page
 

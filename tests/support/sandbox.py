@@ -29,7 +29,8 @@ class Project:
         self.root = root
         for part in ("notebooks", "data"):
             (root / part).mkdir()
-        (root / "data" / "claims").symlink_to(REPOSITORY / "data" / "claims")
+        for name in ("claims", "equations.yaml"):
+            (root / "data" / name).symlink_to(REPOSITORY / "data" / name)
 
     def notebook(self, name: str, *cells: str, grid: bool = False) -> Path:
         """A notebook: parameters cell, start cell, perhaps a grid, then the given code; a last line ``# checked``

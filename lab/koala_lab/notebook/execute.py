@@ -166,18 +166,3 @@ def _sentence(path: Path, kept: Path, error: PapermillExecutionError) -> str:
     lines = str(error.source).strip().splitlines() or [""]
     what = f"{error.ename}: {error.evalue}".splitlines()[0].rstrip(": ")
     return f"{nb.name_of(path)}: cell [{error.exec_count}] '{lines[0]}' failed with {what}; see {kept}"
-
-
-# A table wider than the page scrolls; nbconvert's style would break its words.
-_STYLE = "<style>.jp-OutputArea-output pre { white-space: pre !important; overflow-x: auto }</style>\n"
-
-
-def to_html(notebook: Path) -> Path:
-    """Write the HTML page of an executed notebook beside it; it needs nothing from the network."""
-    from koala_lab.notebook.html import Exporter
-
-    exporter = Exporter(template_name="lab", require_js_url="", mathjax_url="")  # type: ignore[no-untyped-call]
-    body, _ = exporter.from_filename(str(notebook), resources={"metadata": {"name": notebook.stem}})
-    page = notebook.with_suffix(".html")
-    write_bytes(page, body.replace("</head>", _STYLE + "</head>", 1).encode())
-    return page

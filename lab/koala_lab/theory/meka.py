@@ -115,8 +115,9 @@ def one_step_bound(
 ) -> Tensor:
     r"""Return the right side of (25), which is to bound :math:`e_{t+1}` given :math:`e_t`.
 
-    Printed: :math:`(1 - \alpha\mu) e_t + \frac{L\alpha^2}2 \mathrm{tr} P_t` with :math:`P_t = \Sigma/(t+1)`. With the
-    cross term: :math:`(1 - \alpha\mu) e_t + \frac{C}{t+1}`, :math:`C = \alpha (1 - \frac{L\alpha}2) \mathrm{tr}\Sigma`
+    Printed: :math:`(1 - \alpha\mu) e_t + \frac{L\alpha^2}2 \mathrm{tr} P_t` with :math:`P_t = \Sigma/(t+1)` (26, 27),
+    which has the form of Lemma 1 (28, 29). With the cross term: :math:`(1 - \alpha\mu) e_t + \frac{C}{t+1}`,
+    :math:`C = \alpha (1 - \frac{L\alpha}2) \mathrm{tr}\Sigma`
     (derived; the chain of (24) with the cross term kept and :math:`I - A^t` bounded by I). Holds for alpha <= 1 / L.
 
     Args:

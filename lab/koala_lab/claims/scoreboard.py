@@ -163,7 +163,7 @@ def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None)
     papers = papers or available()
     parts = [counts(judged.values(), papers)]
     for paper in papers:
-        parts.append(f"\n## {_shown(paper)}\n")
+        parts.append(f"\n## {paper_name(paper)}\n")
         groups: dict[str, list[Claim]] = {}
         for claim in load(paper).values():
             groups.setdefault(claim.where.split(",")[0], []).append(claim)
@@ -178,7 +178,7 @@ def scoreboard(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None)
     return "\n".join(parts) + "\n"
 
 
-def _shown(paper: str) -> str:
+def paper_name(paper: str) -> str:
     """Return a paper's name as a reader knows it: MEKA, KOALA++."""
     return paper.replace("_plus", "+").upper()
 
@@ -192,7 +192,7 @@ def counts(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None) -> 
         scaled = [c for c in load(paper).values() if not c.scale_free]
         for preset in PRESETS:
             found = Counter(_status(claim, preset, judged) for claim in scaled)
-            name = f"{_shown(paper)}, {len(scaled)} claims" if preset == PRESETS[0] else ""
+            name = f"{paper_name(paper)}, {len(scaled)} claims" if preset == PRESETS[0] else ""
             text.append(_row(name, preset, *(str(found[status]) for status in SHOWN)))
     text.append("")
     for paper in papers:
@@ -202,7 +202,7 @@ def counts(verdicts: Iterable[Verdict], papers: Sequence[str] | None = None) -> 
                 name = {"identity": "identities", "exact": "exact statements"}.get(claim.kind, "on small problems")
                 groups.setdefault(name, []).append(_status(claim, ANY, judged))
         told = [f"{len(found)} {name} ({_told(found)})" for name, found in sorted(groups.items())]
-        text.append(f"- {_shown(paper)}, without a scale, settled once: {'; '.join(told) or 'none'}.")
+        text.append(f"- {paper_name(paper)}, without a scale, settled once: {'; '.join(told) or 'none'}.")
     return "\n".join(text) + "\n"
 
 

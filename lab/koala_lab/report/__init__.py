@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,9 +59,10 @@ def assemble(sources: Path, extra: Path) -> None:
     notebooks, pictures, verdicts = shown.notebooks(), shown.figures(), shown.verdicts()
     by_name = {picture.name: picture for picture in pictures}
     placed = {name for each in notebooks for name in staging.stage(each, sources, by_name, fresh)}
+    differing = claims.differences(claims.saved(), shown.committed_verdicts())
     pictures = [picture._replace(shown=picture.name in placed) for picture in pictures]
     claim_pages.write(sources, verdicts, notebooks, pictures, claim_pages.run_keys(notebooks))
-    pages.write(sources, extra, notebooks, pictures, claim_pages.judged(verdicts), _differences(), fresh)
+    pages.write(sources, extra, notebooks, pictures, claim_pages.judged(verdicts), differing, fresh)
 
 
 def committed() -> Path:
@@ -80,14 +80,6 @@ def differences(folder: Path | None = None) -> list[str]:
         raise ValueError(f"{folder} is no folder of verdicts")
     there = claims.read_verdicts(committed()) if folder is None else claims.saved(folder)
     return claims.differences(claims.saved(), there)
-
-
-def _differences() -> list[str]:
-    try:
-        return differences()
-    except ValueError as error:  # the committed verdicts are damaged, which the rest of the site does not need
-        warnings.warn(f"{error}; the report does not say where it differs from them", stacklevel=2)
-        return []
 
 
 def scoreboard_page(verdicts: list[claims.Verdict]) -> str:

@@ -109,7 +109,7 @@ def _paper(
     for claim in claims.load(paper).values():
         groups.setdefault(claim.where.split(",")[0], []).append(claim)
     parts = [
-        f"# {paper.upper()}: its claims\n",
+        f"# {claims.paper_name(paper)}: its claims\n",
         f"{len(every)} numbers and statements of the paper, in its order. Every claim keeps its address, "
         f"`claims/{paper}.html#` and its id. All of them in one table: [the claims of all papers](index.md). "
         f"The keys of the runs behind each: {{download}}`{paper}_runs.json`.\n",
@@ -216,7 +216,7 @@ def _index_row(paper: str, claim: Claim, preset: str, known: Judged) -> str:
     now = status(claim, preset, known)
     link = f'<a href="{paper}.html#{claim.id}">{html.escape(claim.text)}</a>'
     cells = {
-        "paper": paper.upper(),
+        "paper": claims.paper_name(paper),
         "place": html.escape(claim.where),
         "claim": link,
         "source": claim.source,
@@ -244,7 +244,7 @@ def mosaic(known: Judged) -> str:
     Where a claim was judged at several scales, the largest that decided anything counts.
     """
     parts = []
-    for paper in sorted(claims.available(), key=[*PAPERS].index):
+    for paper in sorted(claims.available(), key=lambda paper: [*PAPERS, paper].index(paper)):
         squares = []
         for claim in claims.load(paper).values():
             found = [status(claim, preset, known) for preset in presets_of(claim)]
@@ -253,7 +253,7 @@ def mosaic(known: Judged) -> str:
             told = html.escape(f"{claim.where}: {claim.text} ({now})")
             where = f"claims/{paper}.html#{claim.id}"
             squares.append(f'<a class="{now.replace(" ", "-")}" href="{where}" title="{told}" aria-label="{told}"></a>')
-        parts.append(f"<h3>{paper.upper()}</h3><div>{''.join(squares)}</div>")
+        parts.append(f"<h3>{claims.paper_name(paper)}</h3><div>{''.join(squares)}</div>")
     legend = "".join(
         f'<span><a class="{name.replace(" ", "-")}"></a> {name}</span>'
         for name in (REPRODUCED, MIXED, INCONCLUSIVE, CONTRADICTED, NOT_YET)

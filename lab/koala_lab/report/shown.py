@@ -107,4 +107,13 @@ def figures() -> list[Picture]:
 def verdicts() -> list[claims.Verdict]:
     """Return the report's verdicts; the committed ones where there are none and nothing has been executed."""
     saved = claims.saved()
-    return saved if saved or anything_executed() else claims.read_verdicts(paths.results_dir() / "verdicts.json")
+    return saved if saved or anything_executed() else committed_verdicts()
+
+
+def committed_verdicts() -> list[claims.Verdict]:
+    """Return the verdicts that the repository shows; none, with a warning, where their file is damaged."""
+    try:
+        return claims.read_verdicts(paths.results_dir() / "verdicts.json")
+    except ValueError as error:
+        warnings.warn(f"{error}; the report does without them", stacklevel=2)
+        return []

@@ -28,6 +28,6 @@ from koala_lab.parameters import PRESETS
 __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
     "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
-    "find", "interval", "judge", "judge_table", "lines", "load", "of", "paper_name", "read", "read_verdicts", "replace_block",
-    "save", "saved", "scoreboard", "write_verdicts",
+    "find", "interval", "judge", "judge_table", "lines", "load", "of", "paper_name", "read", "read_verdicts",
+    "replace_block", "save", "saved", "scoreboard", "write_verdicts",
 ]  # fmt: skip

@@ -182,6 +182,7 @@ def _contents(parts: Parts, modules: Sequence[str]) -> dict[str, list[str]]:
         found[title] = docs
     orphaned = [name for name in PAPERS if name not in parts]
     rest = [doc for name in orphaned for doc in (f"equations/{name}", f"claims/{name}")]
+    rest += [f"claims/{name}" for name in claims.available() if name not in PAPERS]
     found.setdefault("Start", _EVERYWHERE)
     found["Library"] = ["api/index", *modules, *rest]
     return found

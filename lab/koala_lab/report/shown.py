@@ -91,7 +91,7 @@ def figures() -> list[Picture]:
             name = sidecar.relative_to(folder).with_suffix("").as_posix()
             try:
                 origin = read_json(sidecar)
-                belongs = origin.get("notebook") in known  # the others: pictures of README and template
+                belongs = str.strip(origin.get("notebook", "")) in known  # the others: pictures of README and template
                 len(origin["runs"] if belongs else [])
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 warnings.warn(

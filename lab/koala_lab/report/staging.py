@@ -16,6 +16,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 
 from koala_lab import claims, paths
 from koala_lab.notebook.files import cells_of
+from koala_lab.report.equations import PAPERS
 from koala_lab.report.shown import COMMITTED, DAMAGED, FAILED, Picture, Shown
 
 LONG = 12  # lines of code that are shown without a click
@@ -76,7 +77,8 @@ def _head(shown: Shown, fresh: bool) -> str:
         paper = mine[0].id.split(".")[0]
         up = "../" * (shown.name.count("/") + 1)
         parts.append(f'<a href="{up}claims/index.html#notebook={shown.name}">its {len(mine)} claims</a>')
-        parts.append(f"[the paper's equations](/equations/{paper}.md)")
+        if paper in PAPERS:
+            parts.append(f"[the paper's equations](/equations/{paper}.md)")
     if repository := os.environ.get("KOALA_REPOSITORY"):  # owner/name on GitHub, where the site is published from there
         place = f"notebooks/{shown.name}.ipynb"
         parts.append(f"[Binder](https://mybinder.org/v2/gh/{repository}/HEAD?urlpath=lab/tree/{place})")

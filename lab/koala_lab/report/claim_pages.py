@@ -115,7 +115,7 @@ def _paper(
         f"The keys of the runs behind each: {{download}}`{paper}_runs.json`.\n",
     ]
     for title, group in groups.items():
-        parts.append(f"\n## {title}\n")
+        parts.append(f"\n## {title}\n\n```{{index}} ! {title.replace(';', ',')}\n```\n")  # search finds it first
         parts += [f"{_sources(name, titles, pictures, folder)}\n" for name in dict.fromkeys(c.notebook for c in group)]
         parts += [f"{note}\n" for note in dict.fromkeys(c.note for c in group if c.note)]
         parts += [_claim(claim, known, every[claim.id]) for claim in group]

@@ -75,16 +75,12 @@ def condition_momentum(P: MomentumCovariance, squared_norm: Tensor, measurement_
     S = A * squared_norm + measurement_noise
     shrink = measurement_noise / S
     least = C * (shrink / (A + (A == 0))) * C
-    velocity_variance = B - C * (squared_norm / S) * C
+    larger: Any = torch.maximum if isinstance(least, Tensor) else max
     return MomentumCovariance(
         variance=A * shrink,
         covariance=C * shrink,
-        velocity_variance=_larger(velocity_variance, least),
+        velocity_variance=larger(B - C * (squared_norm / S) * C, least),
     )
-
-
-def _larger(a: Any, b: Any) -> Any:
-    return torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b)
 
 
 def running_average(average: Scalar, value: Scalar, decay: float) -> Scalar:

@@ -90,10 +90,7 @@ class ScalarFilter(CheckedOptimizer):
         saved = groups[0].get("filter") if groups else None
         if isinstance(saved, Tensor) and saved.numel() == len(self.filter_entries) - self.new_entries:
             saved = torch.cat([saved, saved.new_zeros(self.new_entries)])  # of version 0.1
-        mine = self.__dict__.get("param_groups")  # of the optimizer that loads; one that is unpickled has none yet
-        options = [name for name in self.defaults if name in mine[0]] if mine else []  # torch adds to the defaults
-        known = bool(groups) and all(name in groups[0] for name in options)
-        if not known or not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
+        if not isinstance(saved, Tensor) or saved.numel() != len(self.filter_entries):
             raise ValueError(
                 f"this state_dict holds no filter of {type(self).__name__} ({', '.join(self.filter_entries)}): "
                 "it was saved by another optimizer or by other options"

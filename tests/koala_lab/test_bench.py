@@ -474,7 +474,9 @@ def test_sections_are_kept_with_their_provenance(
     kept = bench.stored("cpu")
     assert set(kept) == {"step", "small", "bandwidth", "flatness", "compile", "memory", "sweep", "training_step"}
     assert {r["threads"] for r in kept["step"]["rows"]} == {1, os.cpu_count()}
-    assert {p.name for p in (figures / "koala").iterdir()} == {f"cost_compiled.{e}" for e in ("png", "pdf", "json")}
+    assert {p.name for p in (figures / "koala").iterdir()} == {
+        f"cost_compiled.{e}" for e in ("png", "pdf", "json", "csv")
+    }
     assert kept["memory"]["rows"][0] == {"model": "resnet18", "optimizer": "two", "state": 5.0}
     assert set(kept["sweep"]["provenance"]) == {"device", "kernels", "cores", "threads", "load", "versions"}
     assert bench.stored("cuda:0") == {}

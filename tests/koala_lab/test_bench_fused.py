@@ -64,7 +64,7 @@ def test_the_least_traffic_is_that_of_the_tensors_that_a_step_needs(name: str) -
         tensors = [ts[0] for ts in converted.values() if isinstance(ts, list) and ts]  # the others fill the lists
         before = [t.clone() for t in tensors]
         result = call(self, converted, *rest)
-        unread = self is apollo._observe  # the weights, without a decay in the gradient
+        unread = self is apollo._secant_sums  # the weights, without a decay in the gradient
         written = sum(not torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
         moved += len(tensors) - unread + written
         return result

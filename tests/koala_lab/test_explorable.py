@@ -33,7 +33,9 @@ def node(expression: str) -> Any:
 
 def test_the_recursions_of_the_script_are_those_of_kalman() -> None:
     g = torch.Generator().manual_seed(0)
-    cases = torch.rand(50, 6, generator=g, dtype=torch.float64).tolist()
+    drawn = torch.rand(50, 6, generator=g, dtype=torch.float64)
+    drawn[:, 1] *= (drawn[:, 0] * drawn[:, 2]).sqrt()  # the covariance of two variances
+    cases = drawn.tolist()
     found = node(
         f"{json.dumps(cases)}.map(([A, C, B, g, R, Q]) => [f.innovationVariance(A, g, R), f.predictPosition(A, Q), "
         "f.conditionPosition(A, g, R), ...f.predictMomentum([A, C, B], 0.9, Q, 0.01), "

@@ -94,7 +94,7 @@ def test_a_run_at_another_rate_or_length_keeps_its_proportions() -> None:
     assert (short.epochs, short.milestones, dict(short.optimizer_args)["warmup_steps"]) == (10, (5, 8), 25)
     assert run.scaled(1) == run.shortened(40) == run
     ramp = {"warmup_steps": 3, "warmup_init_lr": 1e-4, "final_lr": 1e-3, "milestones": ()}
-    cosine = QUICK.but(**ramp, epochs=4).scaled(10).shortened(1)
+    cosine = QUICK.but(**ramp, epochs=4, optimizer_args={"lr": 1.0}).scaled(10).shortened(1)
     assert (cosine.warmup_steps, cosine.warmup_init_lr, cosine.final_lr) == (1, 1e-3, 1e-2)
     none = run.but(optimizer_args=apollo | {"warmup_init_lr": None})
     assert dict(none.scaled(3).optimizer_args)["warmup_init_lr"] is None

@@ -256,7 +256,7 @@ def test_what_fills_a_list_changes_nothing() -> None:
 
     def norms(count: int) -> Tensor:
         params = [torch.full((int(sizes[i]),), float(values[i]), dtype=torch.float64) for i in range(count)]
-        return passes._observe(params=params, grads=[2 * p for p in params], weight_decay=0.5)  # type: ignore[no-any-return]
+        return passes._norms(params=params, grads=[2 * p for p in params], weight_decay=0.5)  # type: ignore[no-any-return]
 
     assert norms(1).shape == (3, 1)
     assert torch.equal(norms(1), norms(8)[:, :1])
@@ -267,7 +267,7 @@ def test_what_fills_a_list_changes_nothing() -> None:
 @pytest.mark.usefixtures("traced_passes")
 def test_mixed_lists_are_treated_by_foreach() -> None:
     params = [torch.ones(n, dtype=torch.float64) for n in (5, compiled.MIN_COMPILED)]
-    assert passes._observe(params=params, grads=params, weight_decay=0.0).shape == (3, 2)
+    assert passes._norms(params=params, grads=params, weight_decay=0.0).shape == (3, 2)
     assert compilations() == 0
 
 

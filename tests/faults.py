@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,10 +99,12 @@ def hash_of(result: runs.RunResult) -> str:
 
 
 def whole(path: Path) -> bool:
-    """Say whether a file is whole JSON."""
+    """Say whether a file is whole: JSON, or a checkpoint, which is a ZIP archive with checksums."""
     try:
+        if path.suffix == ".pt":
+            return zipfile.ZipFile(path).testzip() is None
         return bool(json.loads(path.read_text()))
-    except ValueError:
+    except (ValueError, zipfile.BadZipFile):
         return False
 
 
@@ -121,6 +124,29 @@ def store() -> Iterator[runs.Store]:
 # ---- kills
 
 
+class _SlowFile:
+    """Writes in pieces with pauses between them, so that many a kill comes in the middle of a file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def write(self, content: Any) -> None:
+        piece = len(content) // 8 + 1
+        for start in range(0, len(content), piece):
+            self._file.write(content[start : start + piece])
+            self._file.flush()
+            time.sleep(0.002)
+
+
+def _on_a_slow_disk(replacing: Any) -> Any:
+    @contextmanager
+    def slowly(path: Path) -> Iterator[Any]:
+        with replacing(path) as file:
+            yield _SlowFile(file)
+
+    return slowly
+
+
 def kill_runs(report: Report, rng: random.Random, end: float) -> None:
     """SIGKILL a training at random moments until it is done: the weights are those of an undisturbed one."""
     expected, length = {}, {}
@@ -133,6 +159,7 @@ def kill_runs(report: Report, rng: random.Random, end: float) -> None:
         with store() as s:
 
             def work(config: RunConfig = config, s: runs.Store = s) -> None:
+                files.replacing = _on_a_slow_disk(files.replacing)  # in the child alone
                 s.run(config, checkpoint_seconds=0.0)
 
             for _ in range(200):
@@ -141,9 +168,9 @@ def kill_runs(report: Report, rng: random.Random, end: float) -> None:
                 os.kill(pid, signal.SIGKILL)
                 code = ended(pid)
                 report.note("run killed", "while it ran" if code == -signal.SIGKILL else "after it was done")
-                record = s.root / config.key / "run.json"
-                if record.exists() and not whole(record):
-                    report.fail("run killed", f"{config.label}: half a record was taken for whole")
+                for file in (s.root / config.key / "run.json", s.checkpoint(config.key)):
+                    if file.exists() and not whole(file):
+                        report.fail("run killed", f"{config.label}: half a {file.name} stands in the place of a whole")
                 if s.get(config.key):
                     break
             with warnings.catch_warnings(record=True) as caught:

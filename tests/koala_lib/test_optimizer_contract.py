@@ -183,7 +183,8 @@ def test_a_state_of_another_optimizer_is_refused(case: Case) -> None:
     before = snapshot(net, optimizer)
     others = {c.factory: c for c in FILTERS if c.factory is not case.factory}.values()
     for stranger in (SGD(net.parameters(), lr=0.1), *(other(net.parameters()) for other in others)):
-        with pytest.raises(ValueError, match=f"no filter of {case.factory.__name__}.*another optimizer"):
+        name = case.factory.__name__  # two filters can have equally many scalars, but not the same options
+        with pytest.raises(ValueError, match=rf"no filter of {name}.*another optimizer|it was not saved by {name}"):
             optimizer.load_state_dict(stranger.state_dict())
     assert_same(snapshot(net, optimizer), before)
 

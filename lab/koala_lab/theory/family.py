@@ -7,7 +7,9 @@ of one variable at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ __all__ = ["RELATIONS", "Relation"]
 
 STEPS = 12
 Path = list[Tensor]  # weights after each step
+Losses = Callable[[int, Tensor], Tensor]  # step, weights -> losses of its samples
 Gap = Callable[[float], float]
 
 
@@ -59,13 +62,14 @@ def _relation(ours: str, condition: str, other: str, why: str) -> Callable[[Gap]
 def _deviation(ours: Path, theirs: Path) -> float:
     """Return how far two paths are apart, relative to how far the first gets."""
     a, b = torch.stack(ours), torch.stack(theirs)
-    moved = (a - a[0]).abs().max() if len(a) > 1 else a.abs().max()
+    moved = (a - a[0]).abs().max()
     return float((a - b).abs().max() / moved)
 
 
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 
+@cache
 def _data() -> tuple[Tensor, Tensor]:
     """Return features (STEPS, 4, 3) and labels (STEPS, 4) of minibatches of four samples."""
     generator = torch.Generator().manual_seed(0)
@@ -73,29 +77,18 @@ def _data() -> tuple[Tensor, Tensor]:
     return features, features @ torch.tensor([1.0, -2.0, 0.5]).double() + 1
 
 
-class Step(NamedTuple):
-    """A step of a KOALA on one block: loss and gradient at the weights before it, and its P^."""
-
-    x: Tensor
-    loss: Tensor
-    gradient: Tensor
-    variance: float
-
-
-def _koala(losses: Callable[[int, Tensor], Tensor], make: Callable[[Any], Any], n: int = 3) -> tuple[list[Step], Path]:
-    """Run KOALA-V from 0 on the given losses; return what each step saw, and the weights after it."""
+def _koala(losses: Losses, make: Callable[[Any], Any], n: int = 3) -> tuple[list[float], Path]:
+    """Run a KOALA from 0 on the given losses; return P^ (where it is a number) and the weights after each step."""
     x = nn.Parameter(torch.zeros(n, dtype=torch.float64))
     optimizer = make([x])
-    seen, path = [], [x.detach().clone()]
+    variances, path = [], [x.detach().clone()]
     for k in range(STEPS):
         optimizer.predict()
-        loss = losses(k, x)
-        (x.grad,) = torch.autograd.grad(loss.mean(), x)
-        P = optimizer.filter_state()["variance"]
-        seen.append(Step(x.detach().clone(), loss.detach().mean(), x.grad.clone(), P))
-        optimizer.step(loss=loss.detach())
+        loss, x.grad = _at(losses, k, x)
+        variances.append(optimizer.filter_state().get("variance", math.nan))
+        optimizer.step(loss=loss)
         path.append(x.detach().clone())
-    return seen, path
+    return variances, path
 
 
 def _follow(step: Callable[[int, Tensor], Tensor], start: Tensor) -> Path:
@@ -118,7 +111,7 @@ def _residual(k: int, x: Tensor) -> Tensor:
     return features[k, 0] @ x - labels[k, 0]
 
 
-def _at(losses: Callable[[int, Tensor], Tensor], k: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _at(losses: Losses, k: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean loss and gradient."""
     x = x.detach().requires_grad_()
     loss = losses(k, x).mean()
@@ -127,8 +120,16 @@ def _at(losses: Callable[[int, Tensor], Tensor], k: int, x: Tensor) -> tuple[Ten
 
 # ---- KOALA ----------------------------------------------------------------------------------------------------------
 
-R_FIXED = 2.0
-FIXED: dict[str, Any] = {"blocks": "global", "process_noise": 0.3, "measurement_noise": R_FIXED}
+FIXED: dict[str, Any] = {"blocks": "global", "process_noise": 0.3, "measurement_noise": 2.0}
+WITHOUT_NOISE: dict[str, Any] = FIXED | {"measurement_noise": 1e-200}
+
+
+def _koala_v_against(step: Callable[[int, Tensor, float], Tensor], losses: Losses = _squares, **options: Any) -> float:
+    """Compare KOALA-V on one block with x <- x - step(k, x, delta), where delta = R / P^ is KOALA-V's."""
+    options = FIXED | options
+    variances, ours = _koala(losses, lambda p: KoalaV(p, **options))
+    R = options["measurement_noise"]
+    return _deviation(ours, _follow(lambda k, x: step(k, x, R / variances[k]), ours[0]))
 
 
 @_relation(
@@ -138,13 +139,11 @@ FIXED: dict[str, Any] = {"blocks": "global", "process_noise": 0.3, "measurement_
     r"K = \hat P g / (\hat P |g|^2 + R) \\ x - K L = x - L / (|g|^2 + \delta)\, g,\quad \delta = R / \hat P",
 )
 def _alig(factor: float) -> float:
-    seen, ours = _koala(_squares, lambda p: KoalaV(p, **FIXED))
-
-    def step(k: int, x: Tensor) -> Tensor:
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
         loss, g = _at(_squares, k, x)
-        return factor * loss / (g @ g + R_FIXED / seen[k].variance) * g
+        return factor * loss / (g @ g + delta) * g
 
-    return _deviation(ours, _follow(step, ours[0]))
+    return _koala_v_against(step)
 
 
 @_relation(
@@ -154,13 +153,11 @@ def _alig(factor: float) -> float:
     r"R = 0:\quad x - L / |g|^2\, g",
 )
 def _polyak(factor: float) -> float:
-    _, ours = _koala(_squares, lambda p: KoalaV(p, blocks="global", process_noise=0.3, measurement_noise=1e-200))
-
-    def step(k: int, x: Tensor) -> Tensor:
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
         loss, g = _at(_squares, k, x)
         return factor * loss / (g @ g) * g
 
-    return _deviation(ours, _follow(step, ours[0]))
+    return _koala_v_against(step, **WITHOUT_NOISE)
 
 
 @_relation(
@@ -170,21 +167,14 @@ def _polyak(factor: float) -> float:
     r"\hat P |g|^2 \ll R:\quad x - (\eta P_0 / R)\, L\, g \\ L g = \nabla (L^2 / 2)",
 )
 def _squared_loss(factor: float) -> float:
-    options: dict[str, Any] = {
-        "blocks": "global",
-        "process_noise": 0.0,
-        "initial_variance": 1e-20,
-        "measurement_noise": 1.0,
-    }
-    _, ours = _koala(_squares, lambda p: KoalaV(p, lr=1e18, **options))
-    x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    sgd, theirs = torch.optim.SGD([x], lr=1e-2 * factor), [x.detach().clone()]
-    for k in range(STEPS):
-        sgd.zero_grad()
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
+        x = nn.Parameter(x.clone())
+        before, sgd = x.detach().clone(), torch.optim.SGD([x], lr=1e-2 * factor)
         (_squares(k, x).mean().square() / 2).backward()  # type: ignore[no-untyped-call]
         sgd.step()
-        theirs.append(x.detach().clone())
-    return _deviation(ours, theirs)
+        return before - x.detach()
+
+    return _koala_v_against(step, lr=1e18, initial_variance=1e-20, process_noise=0.0, measurement_noise=1.0)
 
 
 @_relation(
@@ -194,15 +184,12 @@ def _squared_loss(factor: float) -> float:
     r"(g g^\top + \delta I)^{-1} g\, L = L / (|g|^2 + \delta)\, g \quad\text{(Sherman-Morrison)}",
 )
 def _levenberg_marquardt(factor: float) -> float:
-    seen, ours = _koala(_squares, lambda p: KoalaV(p, **FIXED))
-
-    def step(k: int, x: Tensor) -> Tensor:
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
         loss, g = _at(_squares, k, x)
-        delta = R_FIXED / seen[k].variance
         solved: Tensor = torch.linalg.solve(torch.outer(g, g) + delta * torch.eye(3, dtype=x.dtype), g * loss)
         return factor * solved
 
-    return _deviation(ours, _follow(step, ours[0]))
+    return _koala_v_against(step)
 
 
 @_relation(
@@ -212,14 +199,13 @@ def _levenberg_marquardt(factor: float) -> float:
     r"L = r = a^\top x - b,\quad g = a \\ x - r / (|a|^2 + \delta)\, a",
 )
 def _lms(factor: float) -> float:
-    seen, ours = _koala(_residual, lambda p: KoalaV(p, **FIXED))
     features, labels = _data()
 
-    def step(k: int, x: Tensor) -> Tensor:
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
         a = features[k, 0]
-        return factor * (a @ x - labels[k, 0]) / (a @ a + R_FIXED / seen[k].variance) * a
+        return factor * (a @ x - labels[k, 0]) / (a @ a + delta) * a
 
-    return _deviation(ours, _follow(step, ours[0]))
+    return _koala_v_against(step, _residual)
 
 
 @_relation(
@@ -229,23 +215,16 @@ def _lms(factor: float) -> float:
     r"L = r^2 / 2,\quad g = r\, a \\ x - 2 L / |g|^2\, g = x - r / |a|^2\, a",
 )
 def _kaczmarz(factor: float) -> float:
+    features, labels = _data()
+
     def half_square(k: int, x: Tensor) -> Tensor:
         return _residual(k, x).square() / 2
 
-    options: dict[str, Any] = {
-        "blocks": "global",
-        "process_noise": 0.3,
-        "measurement_noise": 1e-200,
-        "min_grad_norm": 0.0,
-    }
-    _, ours = _koala(half_square, lambda p: KoalaV(p, lr=2.0, **options))
-    features, labels = _data()
-
-    def step(k: int, x: Tensor) -> Tensor:
+    def step(k: int, x: Tensor, delta: float) -> Tensor:
         a = features[k, 0]
         return factor * (a @ x - labels[k, 0]) / (a @ a) * a
 
-    return _deviation(ours, _follow(step, ours[0]))
+    return _koala_v_against(step, half_square, lr=2.0, min_grad_norm=0.0, **WITHOUT_NOISE)
 
 
 @_relation(
@@ -355,18 +334,10 @@ def _one_weight(factor: float) -> float:
     def loss(k: int, x: Tensor) -> Tensor:
         return ((features[k, 0, 0] * x - labels[k, 0]).square() / 2 + 0.1).sum()
 
-    x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = KoalaPlusPlus([x], initial_variance=P, process_noise=Q, measurement_noise=R)
-    ours, theirs = [x.detach().clone()], [x.detach().clone()]
-    Q_, P_, R_ = (torch.tensor(v, dtype=x.dtype) for v in (Q, P, R))
+    options: dict[str, Any] = {"initial_variance": P, "process_noise": Q, "measurement_noise": R}
+    _, ours = _koala(loss, lambda p: KoalaPlusPlus(p, **options), n=1)
+    theirs, (Q_, P_, R_) = [ours[0]], torch.tensor([Q, P, R], dtype=ours[0].dtype)
     for k in range(STEPS):
-        optimizer.predict()
-        optimizer.zero_grad()
-        value = loss(k, x)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(loss=value.detach())
-        ours.append(x.detach().clone())
-
         value, g = _at(loss, k, theirs[-1])
         for _ in range(2 if k == 0 else 1):
             ahead = kalman.predict_position(P_, Q_)

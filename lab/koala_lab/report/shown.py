@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
+from koala_lab.checks import check_fields
 from koala_lab.files import read_json
 
 EXECUTED, FAILED, COMMITTED, DAMAGED = "executed", "failed", "not executed", "damaged"
@@ -91,15 +92,16 @@ def figures() -> list[Picture]:
             name = sidecar.relative_to(folder).with_suffix("").as_posix()
             try:
                 origin = read_json(sidecar)
-                belongs = str.strip(origin.get("notebook", "")) in known  # the others: pictures of README and template
-                len(origin["runs"] if belongs else [])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if "notebook" not in origin:  # the picture of the README
+                    continue
+                check_fields(origin, {"notebook": str, "runs": list})
+            except ValueError as error:
                 warnings.warn(
                     f"{sidecar} is no file of a figure ({error!r}), which is left out: run its notebook", stacklevel=2
                 )
                 continue
             png = sidecar.with_suffix(".png")
-            if belongs and png.exists():
+            if origin["notebook"] in known and png.exists():  # the template is not
                 found.setdefault(name, Picture(name, png, origin))
     return [found[name] for name in sorted(found)]
 

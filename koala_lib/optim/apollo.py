@@ -37,8 +37,10 @@ from koala_lib.optim._engine.passes import (
     scalars,
     squared_norms,
     subtract_quotients,
+    sums,
 )
 from koala_lib.optim._engine.sharded import local, mean_over_ranks, times_shards
+from koala_lib.optim._engine.spread import Spread
 
 __all__ = ["Apollo"]
 
@@ -56,10 +58,10 @@ class _Tensors(NamedTuple):
     directions: list[Tensor]  # d_t, where decoupled weight decay keeps it
     mean_rates: Scalars  # a = (1 - beta) / (1 - beta^(t+1)), the weight of the new gradient in the average
     rates: Scalars  # eta
-    decays: Scalars  # eta lambda
     sigma: float
     weight_decay: float
     maximize: bool
+    spread: Spread | None = None
 
 
 def _gradients(t: _Tensors) -> list[Tensor]:
@@ -86,7 +88,9 @@ def _directions(t: _Tensors) -> list[Tensor]:
     return list(torch._foreach_div(wide(t.means), _rectified(t.curvatures, t.sigma)))
 
 
-def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars) -> tuple[Tensor, Tensor]:
+def _sums(
+    curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, spread: Spread | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (d^T y + d^T B d) / a, where y = a z, and |d|_4^4 of every tensor, (n,) each.
 
     Args:
@@ -94,19 +98,21 @@ def _sums(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Sca
         d: directions, which become the squares of their elements.
         z: overwritten.
         rates: a.
+        spread: where the rates are a vector that stays on an accelerator.
     """
-    inverse = [1 / a for a in rates] if isinstance(rates, list) else 1 / rates
-    add(z, wide(curvatures), inverse, times=d)  # z + B d / a = (y + B d) / a
+    inverse = [1 / a for a in rates] if isinstance(rates, list) else rates.reciprocal()
+    add(z, wide(curvatures), inverse, times=d, spread=spread)  # z + B d / a = (y + B d) / a
     torch._foreach_mul_(z, d)
     torch._foreach_mul_(d, d)
-    return torch.stack([product.sum() for product in z]), squared_norms(d)
+    return sums(z), squared_norms(d)
 
 
 def _factor(excess: Any, fourth_power: Any, rate: Any, eps: float) -> Any:
     """Return the factor of d^2 in (8), (d^T y + d^T B d) / (|d|_4 + eps)^4, from the sums; 0 without a direction."""
     sqrt: Any = math.sqrt if isinstance(fourth_power, float) else torch.sqrt
     root = sqrt(sqrt(fourth_power)) + eps
-    scale = (root * root) * (root * root)
+    square = root * root
+    scale = square * square
     return rate * excess / (scale + (scale == 0))
 
 
@@ -118,10 +124,17 @@ def _factors(excess: Tensor, fourth_powers: Tensor, rates: Scalars, eps: float) 
     return _factor(excess.to(fourth_powers.dtype), fourth_powers, rates, eps)
 
 
-def _update_curvatures(curvatures: list[Tensor], d: list[Tensor], z: list[Tensor], rates: Scalars, eps: float) -> None:
+def _update_curvatures(
+    curvatures: list[Tensor],
+    d: list[Tensor],
+    z: list[Tensor],
+    rates: Scalars,
+    eps: float,
+    spread: Spread | None = None,
+) -> None:
     """Change B in place, with y = a z; d and z are overwritten."""
-    factors = _factors(*_sums(curvatures, d, z, rates), rates, eps)
-    add(curvatures, d, factors, sign=-1)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
+    factors = _factors(*_sums(curvatures, d, z, rates, spread), rates, eps)
+    add(curvatures, d, factors, sign=-1, spread=spread)  # B -= (d^T y + d^T B d) / (|d|_4 + eps)^4 d^2 (8)
 
 
 def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], changes: list[Tensor], eps: float) -> None:
@@ -145,14 +158,15 @@ def weak_secant_update(curvatures: list[Tensor], directions: list[Tensor], chang
 
 def _descend(t: _Tensors, g: list[Tensor]) -> None:
     """Move averages, stored directions and weights, once the curvatures are new."""
-    average(t.means, g, t.mean_rates)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
+    average(t.means, g, t.mean_rates, t.spread)  # m_{t+1} = m_t + a (g_{t+1} - m_t) (9)
     D = _rectified(t.curvatures, t.sigma)
     if t.directions:
         d = decayed(t.params, list(torch._foreach_div(wide(t.means), D)), t.weight_decay)
         for stored, direction in zip(t.directions, d, strict=True):
             stored.copy_(direction)
-        add(t.params, wide(t.params), t.decays, sign=-1)  # theta -= eta lambda theta
-    subtract_quotients(t.params, t.means, D, t.rates)  # theta_{t+1} = theta_t - eta m_{t+1} / D (10)
+        decays = [eta * t.weight_decay for eta in t.rates] if isinstance(t.rates, list) else t.rates * t.weight_decay
+        add(t.params, wide(t.params), decays, sign=-1, spread=t.spread)  # theta -= eta lambda theta
+    subtract_quotients(t.params, t.means, D, t.rates, t.spread)  # theta_{t+1} = theta_t - eta m_{t+1} / D (10)
 
 
 # ---- the same in two passes: for compiled code, and for shards, whose sums are joined between them -------------------
@@ -163,7 +177,7 @@ def _secant_sums(**tensors: Any) -> tuple[Tensor, Tensor]:
     """Return the two sums of (8) for every tensor, (n,) each."""
     t = _Tensors(**tensors)
     z = list(torch._foreach_sub(_gradients(t), t.means))
-    return _sums(t.curvatures, _directions(t), z, t.mean_rates)
+    return _sums(t.curvatures, _directions(t), z, t.mean_rates, t.spread)
 
 
 @CompiledPass
@@ -171,7 +185,7 @@ def _apply(*, factors: Tensor, **tensors: Any) -> None:
     """Compute B -= factor d^2 (8), and what follows."""
     t = _Tensors(**tensors)
     g, d = _gradients(t), _directions(t)
-    add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1)
+    add(t.curvatures, torch._foreach_mul(d, d), factors, sign=-1, spread=t.spread)
     _descend(t, g)
 
 
@@ -298,7 +312,7 @@ class Apollo(CheckedOptimizer):
             else:
                 g, d = _gradients(t), _directions(t)
                 z = list(torch._foreach_sub(g, t.means))  # y = m_{t+1} - m_t = a z
-                _update_curvatures(t.curvatures, d, z, t.mean_rates, eps)
+                _update_curvatures(t.curvatures, d, z, t.mean_rates, eps, t.spread)
                 _descend(t, g)
         return loss
 
@@ -336,10 +350,10 @@ class Apollo(CheckedOptimizer):
         numbers = [scalars(count) for count in counts]
         if isinstance(numbers[0], Tensor):
             t = torch.stack(counts).to(scalar_dtype(counts[0].device))
-            mean_rates, rates, decays = self._rates(group, t)
+            mean_rates, rates = self._rates(group, t)
         else:
             at = {t: self._rates(group, t) for t in set(numbers)}
-            mean_rates, rates, decays = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
+            mean_rates, rates = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
         torch._foreach_add_(counts, counts[0].new_ones(()), alpha=1)  # without alpha it would be read as a number
         stored = group["decoupled_weight_decay"]
         tensors = _Tensors(
@@ -350,25 +364,24 @@ class Apollo(CheckedOptimizer):
             directions=local(self.state[p]["direction"] for p in bucket.params) if stored else [],
             mean_rates=mean_rates,
             rates=rates,
-            decays=decays,
             sigma=group["sigma"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            spread=bucket.spread,
         )
         return tensors, group["eps"] / group["sigma"] if group["eps_scaling"] == "released" else group["eps"]
 
     @staticmethod
-    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any, Any]:
-        """Return a of (9), eta and eta lambda after t gradients; t is a number, or a vector of them."""
+    def _rates(group: dict[str, Any], t: Any) -> tuple[Any, Any]:
+        """Return a of (9) and eta after t gradients; t is a number, or a vector of them."""
         beta, lr, end, steps = group["beta"], group["lr"], group["base_lr"], group["warmup_steps"]
         if isinstance(lr, Tensor):
             lr = scalars(lr.reshape(()))
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
+        start, end = start * (lr != 0), end * (lr != 0)  # distributed checkpoints make a step at 0: nothing may move
         ramp = start + (end - start) * t / max(steps, 1)
-        warming_up = (t < steps) + 0 * t  # 1 or 0, with the digits of t
-        # Distributed checkpoints make a step at lr = 0, which must move nothing.
-        eta = (ramp * warming_up + lr * (1 - warming_up)) * (lr != 0)
-        return (1 - beta) / (1 - beta ** (t + 1)), eta, eta * group["weight_decay"]
+        eta = ramp * (t < steps) + lr * (t >= steps)
+        return (1 - beta) / (1 - beta ** (t + 1)), eta
 
     @torch.no_grad()
     def above_floor(self) -> Tensor:

@@ -303,7 +303,8 @@ class LossFilter(ScalarFilter):
         if loss is not None:
             self.observe(loss)
         if self._pending.losses:
-            mean = self._update(Losses(*map(sum, zip(*self._pending.losses, strict=True))))
+            columns = zip(*self._pending.losses, strict=True)
+            mean = self._update(Losses(*(sum(more, first) for first, *more in columns)))
         elif closure is not None:  # it had no losses this time: the prediction stands
             state, mean = self.filter_type(*scalars(self._filter())), None
             self._write(state._replace(skipped_steps=state.skipped_steps + 1))

@@ -110,9 +110,8 @@ class _Koala(LossFilter):
         averages = released and options["process_noise"] is None
         kept = ["velocity"] * self.has_velocity + ["average"] * averages
         passes = KoalaPasses(self, kept, with_gradient=True, process_group=self._process_group)
-        missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if not passes.buckets:  # no gradient anywhere
-            self._write(missing)
+            self._write(state._replace(skipped_steps=state.skipped_steps + 1))
             return losses.total / losses.number
         seen = passes.observe(
             losses,
@@ -120,7 +119,8 @@ class _Koala(LossFilter):
             together=options["blocks"] == "global",
         )
         L, A, R = seen.loss, state.variance, state.measurement_noise
-        state, missing = (f._replace(negative_losses=f.negative_losses + (L < 0)) for f in (state, missing))
+        state = state._replace(negative_losses=state.negative_losses + (L < 0))
+        missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if options["measurement_noise"] is None:  # against target 0, used in the same step (released rows 4, 5)
             R = beta * R + (1 - beta) * seen.squared_loss  # (22)
 
@@ -136,7 +136,7 @@ class _Koala(LossFilter):
         for i in seen.blocks:
             e = i.lr * (L + i.penalty) if options["target_risk"] == "relative" else i.lr  # (28), or (27)
             S = A * i.squared_norm + R  # Table 1 with P = A I (11)
-            gains.append(i.part * e / (S + (S == 0)))  # a single S_i = 0 means that A or h_i is 0, and x_i stays
+            gains.append(e / (S + (S == 0)))  # a single S_i = 0 means that A or h_i is 0, and x_i stays
         passes.correct(
             steps=[A * gain for gain in gains],  # x_i -= P^ e_i / S_i h_i (12)
             velocity_steps=[state.covariance * gain for gain in gains] if self.has_velocity else None,

@@ -159,13 +159,13 @@ class KoalaPlusPlus(LossFilter):
         options, state = self.param_groups[0], ProductFilter(*scalars(self._filter()))
         beta, variance = options["noise_decay"], options["initial_variance"]
         passes = ProductPasses(self, ["gradient", "product"], with_gradient=True, process_group=self._process_group)
-        missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if not passes.buckets:  # no gradient anywhere
-            self._write(missing)
+            self._write(state._replace(skipped_steps=state.skipped_steps + 1))
             return losses.total / losses.number
         seen = passes.measure(losses)
         L, Q_last, R_last, Q, R = seen.loss, *state[:3], state.measurement_noise
-        state, missing = (f._replace(negative_losses=f.negative_losses + (L < 0)) for f in (state, missing))
+        state = state._replace(negative_losses=state.negative_losses + (L < 0))
+        missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if options["measurement_noise"] is None:
             R = beta * R + (1 - beta) * seen.squared_loss  # (22) of KOALA, used in the same step
 

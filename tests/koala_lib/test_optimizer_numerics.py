@@ -3,7 +3,8 @@
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import koala_lib
+from koala_lab import models
 from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV, kalman
-from koala_lib.optim._engine.passes import squared_norms
+from koala_lib.optim._engine.passes import MIN_ALONE, squared_norms
 from koala_lib.optim._engine.sharded import times_shards
 from tests.support.cases import (
+    CASES,
     Case,
     Net,
     advance,
@@ -211,6 +215,65 @@ def test_a_step_can_be_read(cls: Any) -> None:
     functions = sorted(each for each in called if not each[-1].startswith("<"))  # comprehensions are a part of theirs
     assert 3 <= len(functions) <= 20, functions
     assert len({file for file, *_ in functions}) <= 4, functions
+
+
+class Operations(TorchDispatchMode):
+    """Counts everything that is dispatched, views and copies included."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func.namespace == "aten"
+        return func(*args, **(kwargs or {}))
+
+
+def operations(cls: Any, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Count the operations of a default step on an accelerator, which tensors without data stand for."""
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    optimizer, loss = cls(params), torch.empty((), device="meta")
+    for _ in range(2):  # the first one makes the state
+        for p in params:
+            p.grad = torch.empty_like(p)
+        with Operations() as counted:
+            optimizer.step(lambda: loss)
+    return counted.number
+
+
+# A launch costs an accelerator as much as some 10 000 numbers. KOALA-M spends 80 of them on the filter's scalars.
+@pytest.mark.parametrize(("cls", "most"), [(KoalaV, 60), (KoalaM, 96), (KoalaPlusPlus, 163), (Apollo, 60)])
+def test_the_number_of_tensors_costs_no_launches(cls: Any, most: int) -> None:
+    sizes = [tuple(p.shape) for p in models.build("resnet110", num_classes=10).parameters()]
+    assert len(sizes) == 335
+    assert operations(cls, sizes) == operations(cls, sizes[:5]) <= most
+
+
+@pytest.mark.usefixtures("kept_on_device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if "foreach" in signature(case.factory).parameters], ids=str)
+def test_lists_of_tensors_step_as_single_ones_where_scalars_stay_on_the_device(case: Case, dtype: torch.dtype) -> None:
+    """Some weights lie with their channels last, one has no gradient for a while, one is long."""
+    ends = []
+    for foreach in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            nn.Parameter(torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=order))
+            for shape, order in (
+                ((2, 3, 2, 2), torch.channels_last),
+                ((4, 3), torch.contiguous_format),
+                ((MIN_ALONE,), torch.contiguous_format),
+                ((), torch.contiguous_format),
+                ((5,), torch.contiguous_format),
+            )
+        ]
+        optimizer = case(params, foreach=foreach)
+        for k in range(4):
+            for i, p in enumerate(params):
+                p.grad = None if i == k == 1 else (p.detach() * 0.1 + k).to(dtype)
+            optimizer.step(lambda: torch.ones(3, dtype=dtype))
+        ends.append([t for p in params for t in (p.detach(), *kept(optimizer, p).values())])
+    for one, other in zip(*ends, strict=True):
+        scale = float(other.abs().max()) if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=0, atol=16 * scale * torch.finfo(dtype).eps)
 
 
 @each_case

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from koala_lib.optim._engine.checks import check_dense
 from koala_lib.optim._engine.compiled import CompiledPass, compiled_lists
-from koala_lib.optim._engine.lists import HALF, MIN_ROWS, row_norms, scalar_dtype, wide
+from koala_lib.optim._engine.lists import HALF, MIN_ROWS, reading_is_free, row_norms, scalar_dtype, wide
 from koala_lib.optim._engine.sharded import (
     PLAIN,
     local,
@@ -24,8 +24,9 @@ from koala_lib.optim._engine.sharded import (
     rank_groups,
     times_shards,
 )
+from koala_lib.optim._engine.spread import Spread
 
-MIN_ALONE = 2**17  # elements from which a tensor is treated alone
+MIN_ALONE = 2**17  # elements from which a tensor is treated alone, on an accelerator with launches of its own
 MAX_TOGETHER = 2**18  # elements of smaller tensors that are treated together
 ONE = torch.ones((), device="cpu")
 OWN = ("params", "param_names")  # what groups with equal options still have apart
@@ -40,7 +41,7 @@ def scalars(values: Tensor) -> Any:
     On the CPU a list of Python numbers, or a number, since reading costs nothing there. On an accelerator, which would
     have to finish its work first, and in code that is being compiled it stays a tensor. This is decided here only.
     """
-    return values.tolist() if values.device.type == "cpu" and not torch.compiler.is_compiling() else values
+    return values if torch.compiler.is_compiling() or not reading_is_free(values.device) else values.tolist()
 
 
 # ---- parts of a pass: lists of tensors of one device and dtype ------------------------------------------------------
@@ -63,8 +64,26 @@ def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     """Return x^T y of each pair of tensors, (n,) in float64 on their device, accumulated in float32 or better."""
     if xs[0].dtype in HALF:
         xs, ys = wide(xs), wide(ys)
-    sums = torch.stack([t.sum() for t in torch._foreach_mul(xs, ys)])
-    return sums.to(torch.float64 if sums.is_cpu else scalar_dtype(sums.device))
+    return sums(list(torch._foreach_mul(xs, ys)))
+
+
+def sums(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of each tensor, (n,) in float64 on their device, accumulated in their dtype."""
+    dtype = scalar_dtype(tensors[0].device)
+    if torch.compiler.is_compiling() or reading_is_free(tensors[0].device):
+        return torch.stack([t.sum() for t in tensors]).to(dtype)
+    # There are list operations for norms only: the positive numbers and the negative ones have one each.
+    parts = torch._foreach_clamp_min(tensors, 0.0) + torch._foreach_clamp_max(tensors, 0.0)
+    positive, negative = torch.stack(torch._foreach_norm(parts, 1)).to(dtype).chunk(2)
+    return positive - negative
+
+
+def where(condition: Tensor, tensors: list[Tensor], spread: Spread | None) -> list[Tensor]:
+    """Return the tensors, or zeros where the condition, 0-dim, is false."""
+    if spread is not None:
+        return spread.where(condition, tensors)
+    zero = torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device)
+    return [torch.where(condition, t, zero) for t in tensors]
 
 
 def decayed(params: list[Tensor], grads: list[Tensor], weight_decay: Any) -> list[Tensor]:
@@ -81,10 +100,12 @@ def add(
     *,
     sign: int = 1,
     times: list[Tensor] | None = None,
+    spread: Spread | None = None,
 ) -> None:
     """Compute x += sign factor h, or x += sign factor h t, with a factor for each tensor.
 
-    Half precision is computed in float32 and rounded once.
+    Half precision is computed in float32 and rounded once. With a ``spread``, a vector of factors needs no launch for
+    each tensor.
     """
     if isinstance(factors, list) and tensors[0].dtype not in HALF:
         one = ONE if tensors[0].is_cpu else tensors[0].new_ones(())
@@ -92,6 +113,13 @@ def add(
         torch._foreach_addcmul_(tensors, directions, others, [sign * factor for factor in factors])
         return
     products = directions if times is None else torch._foreach_mul(directions, times)
+    if spread is not None:
+        filled = spread.filled(factors)
+        if tensors[0].dtype in HALF:
+            torch._foreach_add_(tensors, torch._foreach_mul(wide(products), filled), alpha=sign)
+        else:
+            torch._foreach_addcmul_(tensors, products, filled, value=sign)
+        return
     for x, h, factor in zip(tensors, products, factors, strict=True):
         if x.dtype in HALF:
             x.add_(h.float() * factor, alpha=sign)
@@ -99,9 +127,14 @@ def add(
             x.addcmul_(h, factor, value=sign)
 
 
-def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars) -> None:
+def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars, spread: Spread | None = None) -> None:
     """Compute a += rate (x - a), with a rate for each tensor; half precision in float32, rounded once."""
-    if averages[0].dtype in HALF:
+    if spread is not None:
+        means = wide(averages)
+        torch._foreach_lerp_(means, wide(tensors), spread.filled(rates))
+        if averages[0].dtype in HALF:
+            torch._foreach_copy_(averages, means)
+    elif averages[0].dtype in HALF:
         for a, x, rate in zip(averages, tensors, rates, strict=True):
             a.copy_(a.float() + (x.float() - a.float()) * rate)
     elif isinstance(rates, list):
@@ -112,13 +145,17 @@ def average(averages: list[Tensor], tensors: list[Tensor], rates: Scalars) -> No
 
 
 def subtract_quotients(
-    tensors: list[Tensor], numerators: list[Tensor], denominators: list[Tensor], rates: Scalars
+    tensors: list[Tensor],
+    numerators: list[Tensor],
+    denominators: list[Tensor],
+    rates: Scalars,
+    spread: Spread | None = None,
 ) -> None:
     """Compute x -= rate m / D, with a rate for each tensor; half precision in float32, rounded once."""
     if isinstance(rates, list) and tensors[0].dtype not in HALF:
         torch._foreach_addcdiv_(tensors, numerators, denominators, [-rate for rate in rates])
     else:
-        add(tensors, torch._foreach_div(wide(numerators), denominators), rates, sign=-1)
+        add(tensors, torch._foreach_div(wide(numerators), denominators), rates, sign=-1, spread=spread)
 
 
 # ---- buckets --------------------------------------------------------------------------------------------------------
@@ -133,6 +170,7 @@ class Bucket(NamedTuple):
     grads: list[Tensor]  # of the shards; empty for a pass that looks at none
     kept: dict[str, list[Tensor]]  # state of the shards, by name
     compiled: bool
+    spread: Spread | None = None  # for factors that stay on an accelerator
 
 
 class Passes:
@@ -176,7 +214,8 @@ class Passes:
             compiled = len(lists)
             rooms: dict[Any, tuple[list[Tensor], float]] = {}  # the last list of a device and dtype, and its room
             for p in params:
-                size, kind = p.numel(), (p.device, p.dtype)
+                size, free = p.numel(), reading_is_free(p.device)
+                kind = (p.device, p.dtype, free or size < MIN_ALONE)
                 together, room = rooms.get(kind, ([], 0))
                 if size >= room:
                     together, room = [], MAX_TOGETHER if size <= MIN_ALONE else 0
@@ -196,7 +235,20 @@ class Passes:
                 if self.sharded:
                     shards, grads = local(together), local_gradients(together) if with_gradient else []
                     state = {name: local(tensors) for name, tensors in state.items()}
-                self.buckets.append(Bucket(group, together, shards, grads, state, i < compiled))
+                bucket = Bucket(group, together, shards, grads, state, i < compiled)
+                self.buckets.append(bucket._replace(spread=self._spread(optimizer, bucket) if with_gradient else None))
+
+    def _spread(self, optimizer: Any, bucket: Bucket) -> Spread | None:
+        """Return what a list of small tensors on an accelerator needs; it is made once and kept beside the state."""
+        shards, device = bucket.shards, bucket.shards[0].device
+        small = len(shards) > 1 and max(t.numel() for t in shards) < MIN_ALONE
+        if bucket.compiled or not small or reading_is_free(device) or torch.compiler.is_compiling():
+            return None
+        kept = optimizer.__dict__.setdefault("_spreads", {})
+        spread = kept.get(len(self.buckets))
+        if spread is None or not spread.fits(shards):
+            spread = kept[len(self.buckets)] = Spread(shards)
+        return spread
 
     def _joined(self, losses: Sequence[Scalar], norms: Tensor) -> tuple[Any, Tensor]:
         """Return means of losses over the ranks and norms of whole tensors, in one collective."""
@@ -250,18 +302,18 @@ def _correct(
     steps: Scalars,
     velocity_steps: Scalars | None,
     average_rates: Scalars | None,
+    spread: Spread | None = None,
 ) -> None:
     """Compute x -= step h, p -= velocity step h where there was an observation, then x_avg += rate (x - x_avg)."""
     directions = grads if weight_decay is None else decayed(params, grads, weight_decay)
     if observed is not None:
         # A step of zero times an infinite gradient is NaN, so a missing observation clears the direction itself.
-        zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
-        directions = [torch.where(observed, h, zero) for h in directions]
-    add(params, directions, steps, sign=-1)
+        directions = where(observed, directions, spread)
+    add(params, directions, steps, sign=-1, spread=spread)
     if velocity_steps is not None:
-        add(velocities, directions, velocity_steps, sign=-1)
+        add(velocities, directions, velocity_steps, sign=-1, spread=spread)
     if average_rates is not None:
-        average(averages, params, average_rates)
+        average(averages, params, average_rates, spread)
 
 
 class Block(NamedTuple):
@@ -269,7 +321,7 @@ class Block(NamedTuple):
 
     squared_norm: Scalar  # |h_i|^2, h with weight decay
     penalty: Scalar  # lambda / 2 |x_i|^2
-    lr: Scalar
+    lr: Scalar  # 0 if it takes no part
     part: Scalar  # 1 if it takes part, else 0
 
 
@@ -344,18 +396,19 @@ class KoalaPasses(Passes):
         part, lr = 1.0, self.buckets[0].group["lr"]
         if least is not None:
             part = raw.sqrt() >= least
-            norms, part = torch.where(part, norms, 0.0), scalars(part.to(norms.dtype))
+            norms, part = torch.where(part, norms, 0.0), part.to(norms.dtype)
         if together:
             norms = norms.sum(-1, keepdim=True).expand_as(norms)
         if isinstance(lr, Tensor) or any(bucket.group is not self.buckets[0].group for bucket in self.buckets):
-            lr = scalars(torch.cat([raw.new_ones(len(bucket.params)) * bucket.group["lr"] for bucket in self.buckets]))
+            lr = torch.cat([raw.new_ones(len(bucket.params)) * bucket.group["lr"] for bucket in self.buckets])
         squared = norms[1] if decays else norms
-        block = Block(scalars(squared), scalars(norms[2]) if decays else 0.0, lr, part)
+        entries = squared, norms[2] if decays else 0.0, lr if least is None else lr * part, part
+        block = Block(*(scalars(entry) if isinstance(entry, Tensor) else entry for entry in entries))
         blocks = [block]
         if isinstance(block.squared_norm, list):
             columns = (c if isinstance(c, list) else [c] * len(squared) for c in block)
             blocks = [Block(*numbers) for numbers in zip(*columns, strict=True)]
-        norm, largest = scalars(torch.stack([norm, squared.max()]))
+        norm, largest = scalars(norm), scalars(squared.max())
         return Observation(total / count, squares / count, norm**0.5, largest, blocks)
 
     def correct(
@@ -398,4 +451,5 @@ class KoalaPasses(Passes):
                 steps=factors[0],
                 velocity_steps=factors[1],
                 average_rates=factors[2],
+                spread=bucket.spread,
             )

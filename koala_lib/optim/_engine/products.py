@@ -20,7 +20,9 @@ from koala_lib.optim._engine.passes import (
     inner_products,
     scalars,
     squared_norms,
+    where,
 )
+from koala_lib.optim._engine.spread import Spread
 
 
 @CompiledPass
@@ -50,28 +52,31 @@ def _revise(
     noises: Scalars,
     steps: Scalars,
     taken: Scalars,
+    spread: Spread | None = None,
 ) -> None:
     """Compute v <- a v + b H + c h, then x -= step (v + Q h), then H <- h where it is taken."""
     h = decayed(params, grads, weight_decay)
     if observed is not None:
         # Zero times an infinite gradient is NaN, so a missing observation clears the gradient itself.
-        zero = torch.zeros((), dtype=grads[0].dtype, device=grads[0].device)
-        h = [torch.where(observed, t, zero) for t in h]
+        h = where(observed, h, spread)
     v, H, g, half = products, last, h, products[0].dtype in HALF
     if half:  # computed in float32, rounded once
         v, H, g = wide(products), wide(last), wide(h)
     if isinstance(from_product, list):
         torch._foreach_mul_(v, from_product)
         directions = list(torch._foreach_mul(g, noises))
+    elif spread is not None:
+        torch._foreach_mul_(v, spread.filled(from_product))
+        directions = list(torch._foreach_mul(g, spread.filled(noises)))
     else:
         for t, factor in zip(v, from_product, strict=True):
             t.mul_(factor)
         directions = [t * factor for t, factor in zip(g, noises, strict=True)]
-    add(v, H, from_last)
-    add(v, g, from_gradient)
+    add(v, H, from_last, spread=spread)
+    add(v, g, from_gradient, spread=spread)
     torch._foreach_add_(directions, v)
-    add(params, directions, steps, sign=-1)
-    average(last, h, taken)
+    add(params, directions, steps, sign=-1, spread=spread)
+    average(last, h, taken, spread)
     if half:
         torch._foreach_copy_(products, v)
 
@@ -159,4 +164,5 @@ class ProductPasses(Passes):
                 noises=noises,
                 steps=step,
                 taken=take,
+                spread=bucket.spread,
             )

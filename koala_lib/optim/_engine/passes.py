@@ -244,7 +244,7 @@ class Passes:
         small = len(shards) > 1 and max(t.numel() for t in shards) < MIN_ALONE
         if bucket.compiled or not small or reading_is_free(device) or torch.compiler.is_compiling():
             return None
-        kept = optimizer.__dict__.setdefault("_spreads", {})
+        kept: dict[int, Spread] = optimizer.__dict__.setdefault("_spreads", {})
         spread = kept.get(len(self.buckets))
         if spread is None or not spread.fits(shards):
             spread = kept[len(self.buckets)] = Spread(shards)

@@ -29,7 +29,7 @@ class Spread:
         self._memories, self._views = [], []
         for kind in (torch.float32 if dtype in HALF else dtype, dtype):
             memory = torch.empty(sum(sizes), dtype=kind, device=device)
-            pieces = zip(memory.split(sizes), likes, strict=True)
+            pieces = zip(torch.split(memory, sizes), likes, strict=True)
             self._memories.append(memory)
             self._views.append([piece.as_strided(like.size(), like.stride()) for piece, like in pieces])
 

@@ -50,7 +50,7 @@ class ApolloVariant(Apollo):
         [group] = self.param_groups
         weights = [p for p in group["params"] if p.grad is not None]
         states = [self.state[p] for p in weights]
-        a, eta, _ = self._rates(group, states[0]["step"].double())
+        a, eta = self._rates(group, states[0]["step"].double())
         theta, g = (torch.cat([t.flatten() for t in ts]) for ts in (weights, [p.grad for p in weights]))
         m, B = (torch.cat([s[name].flatten() for s in states]) for name in ("mean", "curvature"))
 

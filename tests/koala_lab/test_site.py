@@ -14,7 +14,7 @@ import filelock
 import pytest
 
 from koala_lab import claims, report
-from koala_lab.report import equations
+from koala_lab.report import equations, staging
 from koala_lab.report.code import ROOT
 from tests.support.browser import Browser, executable
 
@@ -113,6 +113,22 @@ def test_plumbing_is_folded_and_verdicts_are_tables(site: Path) -> None:
     assert "koala.html#koala.table2." in table
     assert "reproduced: table2" not in page  # no verdict is left as text
     assert "figure-table2" in page
+
+
+def test_launch_links_say_what_to_do_and_name_what_the_repository_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binder builds environment.yml and opens the notebook; Colab has neither, so the page says how to get both."""
+    [table2] = [n for n in report.shown.notebooks() if n.name == "koala/20_table2_dynamics_and_noise"]
+    monkeypatch.delenv("KOALA_REPOSITORY", raising=False)
+    assert "mybinder" not in staging.head(table2, fresh=False)
+    monkeypatch.setenv("KOALA_REPOSITORY", "someone/filters")
+    told = staging.head(table2, fresh=False)
+    place = f"notebooks/{table2.name}.ipynb"
+    assert f"https://mybinder.org/v2/gh/someone/filters/HEAD?urlpath=lab/tree/{place}" in told
+    assert f"https://colab.research.google.com/github/someone/filters/blob/HEAD/{place}" in told
+    assert "!git clone https://github.com/someone/filters && pip install -e filters -e filters/lab" in told
+    assert (ROOT / place).is_file()
+    for file in ("environment.yml", "pyproject.toml", "lab/pyproject.toml"):
+        assert (ROOT / file).is_file()
 
 
 # ---- the equations

@@ -29,7 +29,7 @@ PALETTE: dict[str, str] = {
     "adamw": _SAFE[5],
     "adabelief": "#999933",
     "adabelief_l2": "#117733",
-    "lookahead": _SAFE[6],
+    "lookahead": "#661100",
     "radam": "#882255",
     "adahessian": "#332288",
     "paper": "#000000",
@@ -86,7 +86,7 @@ def style() -> None:
     sns.set_theme(
         context="notebook",
         style="whitegrid",
-        palette=_STRONG,
+        palette=[*_STRONG[:8], "#999933", _SAFE[9]],
         rc={
             "figure.dpi": DPI,
             "figure.figsize": (6.0, 3.6),

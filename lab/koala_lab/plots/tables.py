@@ -184,8 +184,9 @@ def gains(
 def judged(ax: Axes, compared: pd.DataFrame, names: Mapping[str, str], unit: str) -> None:
     """Draw what verdicts are read from: paired differences with the interval that decides, and where it has to lie.
 
-    A line per comparison. Its grey box is what the claim says: the whole interval inside reproduces it, the whole
-    interval outside contradicts it, anything else decides nothing. Black squares are the paper's own differences.
+    A line per comparison. Its grey box is what the claim says: it is reproduced if every whole interval lies inside,
+    and contradicted if one lies outside, of several comparisons at a stricter level; anything else decides nothing.
+    Black squares are the paper's own differences.
 
     Args:
         ax: Where to draw.
@@ -215,7 +216,7 @@ def judged(ax: Axes, compared: pd.DataFrame, names: Mapping[str, str], unit: str
     ranked = "to the right: the first is better" if set(compared["test"]) - {"insensitive"} else "first less second"
     levels = " or ".join(f"{level:.0%}" for level in sorted(set(confidence.values()), reverse=True))
     ax.set(xlabel=f"paired difference of the {unit.replace('(%)', '(points)')}; {ranked}")
-    ax.set_title(f"what is judged: the {levels} interval, inside the grey box or outside", fontsize="small")
+    ax.set_title(f"what is judged: does the {levels} interval lie in the grey box?", fontsize="small")
 
 
 def _mean_curves(ax: Axes, data: pd.DataFrame, names: Mapping[str, str]) -> None:

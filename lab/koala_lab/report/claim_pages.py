@@ -169,6 +169,8 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
     verdict = known.get((claim.id, preset))
     criterion = claim.judge.get(preset)
     by = rule(criterion) if criterion else ""
+    why = verdict.detail if verdict and not verdict.decided else ""
+    why = why.partition(" interval)")[2].lstrip("; ") if " interval)" in why else why  # the rule is said anyway
     scale = "any" if preset == ANY else preset
     now = status(claim, preset, known)
     cells = {
@@ -177,7 +179,7 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
         "measured": html.escape(verdict.measured) if verdict else "",
         "n": f"{verdict.n} {verdict.counted}" if verdict and verdict.n else "",
         "on": html.escape("; ".join(filter(None, (verdict.setting, verdict.rates)))) if verdict else "",
-        "judged by": html.escape(f"{verdict.detail}. " if verdict and not verdict.decided else "") + html.escape(by),
+        "judged by": html.escape(f"{by}. {why}" if why else by),
     }
     return "<tr>" + "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items()) + "</tr>"
 
@@ -200,10 +202,11 @@ def _index(known: Judged) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     return (
         "---\nnosearch: true\n---\n# All claims\n\n"
-        f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of three papers, and what was "
-        "found at each scale. `quick` is digits and synthetic problems, `desktop` small public data sets on two "
-        "cores, `paper` the paper's own protocol; `any` is settled once: algebra, identities, small problems with "
-        "known answers. A scale for which a claim lists no test has no row.\n\n"
+        f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of "
+        f"{len(claims.available())} papers, and what was found at each scale. `quick` is digits and synthetic "
+        "problems, `desktop` small public data sets on two cores, `paper` the paper's own protocol; `any` is "
+        "settled once: algebra, identities, small problems with known answers. A scale for which a claim lists "
+        "no test has no row.\n\n"
         '```{raw} html\n<form id="claims-filter" hidden></form><p id="claims-count" role="status"></p>\n'
         f'<table class="verdicts" id="claims-table"><thead><tr>{head}</tr></thead><tbody>\n'
         + "\n".join(rows)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urldefrag
+from urllib.parse import quote_plus, unquote, urldefrag
 
 import filelock
 import pytest
@@ -211,6 +211,28 @@ def test_search_finds_an_equation(site: Path, browser: Browser) -> None:
     found = browser.run("[...document.querySelectorAll('#search-results li a')].map((a) => a.getAttribute('href'))")
     assert any(link.startswith("equations/koala.html#") for link in found[:3]), found[:5]
     assert not browser.errors
+
+
+@pytest.mark.parametrize(
+    ("sought", "page"),
+    [
+        ("Table 7", "notebooks/koala/25_table7_recent_optimizers.html"),
+        ("Table 7", "claims/koala.html"),
+        ("Figure 2", "notebooks/apollo/21_learning_rate_robustness.html"),
+        ("Theorem 1", "notebooks/koala/11_convergence_theorem.html"),
+        ("Algorithm 1", "api/koala_lib.reference.koala.html"),
+        ("Algorithm 1", "api/koala_lib.reference.apollo.html"),
+        ("misprint", "notebooks/01_notation.html"),
+        ("assumptions", "notebooks/koala/11_convergence_theorem.html"),
+        ("condition_momentum", "api/koala_lib.kalman.html"),
+    ],
+)
+def test_search_lists_an_item_of_a_paper_among_the_first(site: Path, browser: Browser, sought: str, page: str) -> None:
+    browser.size(1280)
+    browser.open(site / "search.html", f"?q={quote_plus(sought)}")
+    browser.wait_for("document.querySelector('#search-summary, .search-summary') !== null")
+    found = browser.run("[...document.querySelectorAll('#search-results li a')].map((a) => a.getAttribute('href'))")
+    assert page in [urldefrag(link)[0] for link in found[:6]], found[:6]
 
 
 def test_the_table_of_claims_filters_by_itself_and_by_its_address(site: Path, browser: Browser) -> None:

@@ -59,6 +59,7 @@ def table(
         The figure; its axes are, per data set and network, the panels from left to right, then that below.
     """
     names = _names(frame, labels)
+    printed = {row: value for row, value in (printed or {}).items() if row in names}
     widths = [1.6] * bool(printed) + [2.4] + [2.8] * (curves is not None)
     height = max(2.7, 0.32 * len(names) + 0.9)
     parts: list[tuple[float, pd.DataFrame, bool]] = []  # height, rows of a table, and whether they are differences

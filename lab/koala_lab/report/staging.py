@@ -22,6 +22,7 @@ from koala_lab.report.shown import COMMITTED, DAMAGED, FAILED, Picture, Shown
 LONG = 12  # lines of code that are shown without a click
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)([^)\s]*\))")
+_ITEM = re.compile(r"(?:Table|Figure|Theorem|Proposition|Algorithm) \d+")
 _FIGURE = re.compile(r"""ctx\.figure\(.+?,\s*(f?)["']([^"']+)["']""", re.DOTALL)
 _DECIDED = re.compile(r"  (reproduced|mixed|contradicted)( \([^)]*\))?: (\S+): (.*?), n = (\d+ \w+)(?:; rates (.*))?")
 
@@ -86,7 +87,12 @@ def head(shown: Shown, fresh: bool) -> str:
         folder = repository.rpartition("/")[2]
         get = f"!git clone https://github.com/{repository} && pip install -e {folder} -e {folder}/lab"
         parts[-1] += f"\n\nIn Colab run this in a cell of its own, restart the runtime, then go on: `{get}`"
-    return notes.get(shown.state, "") + " · ".join(parts)
+    return notes.get(shown.state, "") + index_entries(shown.title) + " · ".join(parts)
+
+
+def index_entries(title: str) -> str:
+    """Return MyST that makes the search list a page first for each item of a paper that its title names."""
+    return "".join(f"```{{index}} ! {item}\n```\n\n" for item in dict.fromkeys(_ITEM.findall(title)))
 
 
 def _cells(cell: NotebookNode, shown: Shown, target: Path, pictures: Mapping[str, Picture]) -> Iterator[NotebookNode]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import os
@@ -129,6 +130,20 @@ def test_launch_links_say_what_to_do_and_name_what_the_repository_has(monkeypatc
     assert (ROOT / place).is_file()
     for file in ("environment.yml", "pyproject.toml", "lab/pyproject.toml"):
         assert (ROOT / file).is_file()
+
+
+def test_verdicts_of_one_notebook_do_not_hide_the_committed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOALA_REPORT", str(tmp_path))
+    old = report.shown.committed_verdicts()
+    name = claims.find(old[0].claim_id).notebook
+    claims.save([dataclasses.replace(old[0], measured="now")], name)
+    found = report.shown.verdicts()
+    assert [v.measured for v in found if claims.find(v.claim_id).notebook == name] == ["now"]
+    rest = [v for v in old if claims.find(v.claim_id).notebook != name]
+    assert len(rest) > 100
+    assert [v for v in found if claims.find(v.claim_id).notebook != name] == rest
 
 
 # ---- the equations

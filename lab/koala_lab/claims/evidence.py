@@ -110,9 +110,9 @@ def compared(frame: pd.DataFrame, claims: Iterable[Claim], metric: str, preset: 
         preset: Of the measurements.
 
     Returns:
-        One line per data set, network, claim, comparison and seed: ``subject`` and ``other`` (rows), ``gain``
-        (positive where the subject is better), ``test``, ``margin`` and ``confidence`` of the interval that decides,
-        and ``paper``, the same difference of the printed numbers, where both rows have one.
+        One line per data set, network, claim, comparison and seed that both rows have: ``subject`` and ``other``
+        (rows), ``gain`` (positive where the subject is better), ``test``, ``margin`` and ``confidence`` of the interval
+        that decides, and ``paper``, the same difference of the printed numbers, where both rows have one.
     """
     claims = list(claims)
     numbers = {(c.row, c.expected) for c in claims if c.row and c.metric == metric and c.expected is not None}
@@ -125,8 +125,9 @@ def compared(frame: pd.DataFrame, claims: Iterable[Claim], metric: str, preset: 
             continue
         for _, case in _split(frame, claim.arms, metric):
             samples = _samples(case, claim, _choices(case, claim, claim.arms, preset)[1])
-            seeds = sorted(set.intersection(*map(set, samples.values())))
-            differences = gains(claim, {row: np.array([x[seed] for seed in seeds]) for row, x in samples.items()})
+            seeds = sorted(set.union(*map(set, samples.values())))
+            arms = {row: np.array([x.get(seed, math.nan) for seed in seeds]) for row, x in samples.items()}
+            differences = gains(claim, arms)
             named = {row: np.array(printed.get(row.removesuffix("_own"), math.nan)) for row in claim.arms}
             own = gains(claim, named)
             told = {
@@ -139,7 +140,8 @@ def compared(frame: pd.DataFrame, claims: Iterable[Claim], metric: str, preset: 
             }
             for (subject, other), gain in differences.items():
                 pair = {**told, "subject": subject, "other": other, "paper": float(own[subject, other])}
-                lines += [{**pair, "seed": seed, "gain": value} for seed, value in zip(seeds, gain, strict=True)]
+                both = [(seed, value) for seed, value in zip(seeds, gain, strict=True) if math.isfinite(value)]
+                lines += [{**pair, "seed": seed, "gain": value} for seed, value in both]
     return pd.DataFrame(lines)
 
 

@@ -95,7 +95,8 @@ def _of(frame: pd.DataFrame | None, at: Any) -> pd.DataFrame:
     """Return the part of a table that is of one data set and network."""
     if frame is None or frame.empty:
         return pd.DataFrame()
-    return frame.loc[(frame["dataset"] == at[0]) & (frame["model"] == at[1])]
+    part: pd.DataFrame = frame[(frame["dataset"] == at[0]) & (frame["model"] == at[1])]
+    return part
 
 
 def _names(frame: pd.DataFrame, labels: Mapping[str, str] | None) -> dict[str, str]:
@@ -199,8 +200,8 @@ def judged(ax: Axes, compared: pd.DataFrame, names: Mapping[str, str], unit: str
     samples, paper, confidence, boxes = {}, {}, {}, []
     for _, part in compared.groupby(["claim", "subject", "other"], sort=False):
         test, margin, subject, other = part[["test", "margin", "subject", "other"]].iloc[0]
-        own = " (own rates)" if subject.endswith("_own") else ""
-        first, second = (names.get(row.removesuffix("_own"), names.get(row, label(row))) for row in (subject, other))
+        own = " (own rates)" if subject.endswith("_own") and subject not in names else ""
+        first, second = (names.get(row, names.get(row.removesuffix("_own"), label(row))) for row in (subject, other))
         name = f"{first} {wheel[test]} {second}{own}"
         while name in samples:  # two claims on the same rows, at other rates
             name += " (another claim)"

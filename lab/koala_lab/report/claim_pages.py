@@ -117,8 +117,9 @@ def _paper(
     for title, group in groups.items():
         parts.append(f"\n## {title}\n\n```{{index}} ! {title.replace(';', ',')}\n```\n")  # search finds it first
         parts += [f"{_sources(name, titles, pictures, folder)}\n" for name in dict.fromkeys(c.notebook for c in group)]
-        parts += [f"{note}\n" for note in dict.fromkeys(c.note for c in group if c.note)]
-        parts += [_claim(claim, known, every[claim.id]) for claim in group]
+        shared = [note for note, n in Counter(c.note for c in group if c.note).items() if n > 1]
+        parts += [f"{note}\n" for note in shared]
+        parts += [_claim(c, known, every[c.id], "" if c.note in shared else c.note) for c in group]
     (folder / "claims" / f"{paper}.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -139,8 +140,8 @@ def _sources(name: str, titles: Mapping[str, str], pictures: Sequence[Picture], 
     return " · ".join(links)
 
 
-def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    """Return one claim as MyST, between the tags of an HTML element that carries its id."""
+def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]], note: str) -> str:
+    """Return one claim as MyST, with the note that it alone has, inside an HTML element that carries its id."""
     value = claim.kind == "value"
     printed = f" · printed: **{claim.paper}**" if claim.paper != "statement" else ""
     place = f"{claim.text if value else claim.where} · {claim.source} · {claim.kind}{printed}"
@@ -161,7 +162,7 @@ def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Seq
     return (
         f'<div class="claim" id="{claim.id}">\n\n**{claim.where if value else claim.text}** '
         f'<a class="address" href="#{claim.id}" title="address of this claim"><code>{claim.id}</code></a>\n\n'
-        f"{place}{rates}{fragile}\n\n{table}\n\n{tail}\n\n</div>\n"
+        f"{place}{rates}{fragile}\n\n{note}\n\n{table}\n\n{tail}\n\n</div>\n"
     )
 
 
@@ -179,7 +180,7 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
         "measured": html.escape(verdict.measured) if verdict else "",
         "n": f"{verdict.n} {verdict.counted}" if verdict and verdict.n else "",
         "on": html.escape("; ".join(filter(None, (verdict.setting, verdict.rates)))) if verdict else "",
-        "judged by": html.escape(f"{by}. {why}" if why else by),
+        "judged by": html.escape(f"{by}; {why}" if why else by),
     }
     return "<tr>" + "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items()) + "</tr>"
 

@@ -245,7 +245,7 @@ def test_search_finds_an_equation(site: Path, browser: Browser) -> None:
 def test_search_lists_an_item_of_a_paper_among_the_first(site: Path, browser: Browser, sought: str, page: str) -> None:
     browser.size(1280)
     browser.open(site / "search.html", f"?q={quote_plus(sought)}")
-    browser.wait_for("document.querySelector('#search-summary, .search-summary') !== null")
+    browser.wait_for("/finished|found/.test(document.querySelector('#search-results').innerText)")
     found = browser.run("[...document.querySelectorAll('#search-results li a')].map((a) => a.getAttribute('href'))")
     assert page in [urldefrag(link)[0] for link in found[:6]], found[:6]
 

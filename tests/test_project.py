@@ -13,6 +13,7 @@ import venv
 from functools import cache
 from pathlib import Path
 
+import jsonschema  # comes with nbformat
 import pytest
 import torch
 import yaml
@@ -133,6 +134,61 @@ def test_citation_names_the_version_and_the_papers() -> None:
     for identifier in ("10.1609/aaai.v36i6.20599", "arXiv:2506.04432", "arXiv:2011.04803", "arXiv:2009.13586"):
         assert identifier in text
     assert len(citation["references"]) == 4
+
+
+# What the schema of the Citation File Format 1.2.0 asks of the keys that are used here.
+PERSON = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"family-names": {"type": "string"}, "given-names": {"type": "string"}, "name": {"type": "string"}},
+}
+PEOPLE = {"type": "array", "minItems": 1, "uniqueItems": True, "items": PERSON}
+TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer"}
+REFERENCE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["authors", "title", "type"],
+    "properties": {
+        "type": {"enum": ["article", "conference-paper"]},
+        "authors": PEOPLE,
+        "doi": {"type": "string", "pattern": r"^10\.\d{4,9}(\.\d+)?/[A-Za-z0-9:/_;\-\.\(\)\[\]\\]+$"},
+        "identifiers": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["type", "value"],
+                "properties": {"type": {"enum": ["doi", "url", "swh", "other"]}, "value": TEXT},
+            },
+        },
+        **dict.fromkeys(("title", "collection-title", "notes"), TEXT),
+        **dict.fromkeys(("volume", "issue", "start", "end", "year"), COUNT),
+    },
+}
+CITATION = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["authors", "cff-version", "message", "title"],
+    "properties": {
+        "cff-version": {"const": "1.2.0"},
+        "type": {"enum": ["software", "dataset"]},
+        "date-released": {"type": "string", "pattern": r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"},
+        "authors": PEOPLE,
+        "references": {"type": "array", "minItems": 1, "uniqueItems": True, "items": REFERENCE},
+        **dict.fromkeys(("abstract", "license", "message", "title", "version"), TEXT),
+    },
+}
+
+
+def test_the_citation_file_is_valid_and_of_the_latest_release() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    citation = yaml.load(text, yaml.BaseLoader) | {"references": yaml.safe_load(text)["references"]}
+    jsonschema.validate(citation, CITATION)
+    for wrong in ({"year": "2022"}, {"type": "paper"}, {"journl": "x"}, {"authors": []}):
+        damaged = citation | {"references": [citation["references"][0] | wrong]}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(damaged, CITATION)
+    releases = re.findall(r"^## \[(\d\S+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert releases[0] == (citation["version"], citation["date-released"])
 
 
 def test_the_readme_has_one_scoreboard_block_that_the_report_can_refresh() -> None:

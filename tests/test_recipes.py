@@ -121,8 +121,8 @@ def test_the_recipe_for_an_optimizer(copy: Copy) -> None:
     registry = "lab/koala_lab/baselines/registry.py"
     copy.insert(registry, '    "koala_v": ', '    "toy": Method(Toy),\n')
     copy.insert(registry, "from koala_lib.optim import ", "from koala_lib.optim import Toy\n")
-    copy.insert("lab/koala_lab/plots.py", '    "koala_m": _SAFE', '    "toy": "#117733",\n')
-    copy.insert("lab/koala_lab/plots.py", '    "koala_m": "KOALA-M"', '    "toy": "Toy",\n')
+    copy.insert("lab/koala_lab/plots/look.py", '    "koala_m": _SAFE', '    "toy": "#117733",\n')
+    copy.insert("lab/koala_lab/plots/look.py", '    "koala_m": "KOALA-M"', '    "toy": "Toy",\n')
     copy.insert("tests/support/cases.py", '    Case("V", ', '    Case("Toy", Toy),\n')
     copy.insert("tests/support/cases.py", "from koala_lib import ", "from koala_lib import Toy\n")
     copy.insert("CHANGELOG.md", "### Fixed", "- Toy.\n\n")

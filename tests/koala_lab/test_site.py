@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urldefrag
+from urllib.parse import quote_plus, unquote, urldefrag
 
 import filelock
 import pytest
 
 from koala_lab import claims, report
-from koala_lab.report import equations
+from koala_lab.report import equations, staging
 from koala_lab.report.code import ROOT
 from tests.support.browser import Browser, executable
 
@@ -115,6 +116,36 @@ def test_plumbing_is_folded_and_verdicts_are_tables(site: Path) -> None:
     assert "figure-table2" in page
 
 
+def test_launch_links_say_what_to_do_and_name_what_the_repository_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Binder builds environment.yml and opens the notebook; Colab has neither, so the page says how to get both."""
+    [table2] = [n for n in report.shown.notebooks() if n.name == "koala/20_table2_dynamics_and_noise"]
+    monkeypatch.delenv("KOALA_REPOSITORY", raising=False)
+    assert "mybinder" not in staging.head(table2, fresh=False)
+    monkeypatch.setenv("KOALA_REPOSITORY", "someone/filters")
+    told = staging.head(table2, fresh=False)
+    place = f"notebooks/{table2.name}.ipynb"
+    assert f"https://mybinder.org/v2/gh/someone/filters/HEAD?urlpath=lab/tree/{place}" in told
+    assert f"https://colab.research.google.com/github/someone/filters/blob/HEAD/{place}" in told
+    assert "!git clone https://github.com/someone/filters && pip install -e filters -e filters/lab" in told
+    assert (ROOT / place).is_file()
+    for file in ("environment.yml", "pyproject.toml", "lab/pyproject.toml"):
+        assert (ROOT / file).is_file()
+
+
+def test_verdicts_of_one_notebook_do_not_hide_the_committed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KOALA_REPORT", str(tmp_path))
+    old = report.shown.committed_verdicts()
+    name = claims.find(old[0].claim_id).notebook
+    claims.save([dataclasses.replace(old[0], measured="now")], name)
+    found = report.shown.verdicts()
+    assert [v.measured for v in found if claims.find(v.claim_id).notebook == name] == ["now"]
+    rest = [v for v in old if claims.find(v.claim_id).notebook != name]
+    assert len(rest) > 100
+    assert [v for v in found if claims.find(v.claim_id).notebook != name] == rest
+
+
 # ---- the equations
 
 
@@ -195,6 +226,28 @@ def test_search_finds_an_equation(site: Path, browser: Browser) -> None:
     found = browser.run("[...document.querySelectorAll('#search-results li a')].map((a) => a.getAttribute('href'))")
     assert any(link.startswith("equations/koala.html#") for link in found[:3]), found[:5]
     assert not browser.errors
+
+
+@pytest.mark.parametrize(
+    ("sought", "page"),
+    [
+        ("Table 7", "notebooks/koala/25_table7_recent_optimizers.html"),
+        ("Table 7", "claims/koala.html"),
+        ("Figure 2", "notebooks/apollo/21_learning_rate_robustness.html"),
+        ("Theorem 1", "notebooks/koala/11_convergence_theorem.html"),
+        ("Algorithm 1", "api/koala_lib.reference.koala.html"),
+        ("Algorithm 1", "api/koala_lib.reference.apollo.html"),
+        ("misprint", "notebooks/01_notation.html"),
+        ("assumptions", "notebooks/koala/11_convergence_theorem.html"),
+        ("condition_momentum", "api/koala_lib.kalman.html"),
+    ],
+)
+def test_search_lists_an_item_of_a_paper_among_the_first(site: Path, browser: Browser, sought: str, page: str) -> None:
+    browser.size(1280)
+    browser.open(site / "search.html", f"?q={quote_plus(sought)}")
+    browser.wait_for("/finished|found/.test(document.querySelector('#search-results').innerText)")
+    found = browser.run("[...document.querySelectorAll('#search-results li a')].map((a) => a.getAttribute('href'))")
+    assert page in [urldefrag(link)[0] for link in found[:6]], found[:6]
 
 
 def test_the_table_of_claims_filters_by_itself_and_by_its_address(site: Path, browser: Browser) -> None:

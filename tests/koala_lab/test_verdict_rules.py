@@ -137,6 +137,24 @@ def verdict_of(frame: pd.DataFrame, c: Claim, preset: str = "quick") -> claims.V
     return found
 
 
+def test_figures_show_the_interval_that_decides(bar: Path) -> None:
+    """The mean and interval of what `compared` returns are those that the verdict states, at the chosen rates."""
+    frame = runs(
+        {"a": {0.1: around(3), 0.2: around(2), 0.4: around(4)}, "b": {0.1: around(5), 0.2: around(3), 0.4: around(6)}}
+    )
+    c = ordering(rates={"a": "own", "b": "own"})
+    told = claims.compared(frame, [c], "test_error", "quick")
+    mean, low, high = claims.interval(told["gain"].to_numpy(), told["confidence"].iloc[0])
+    assert verdict_of(frame, c).measured.startswith(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}] over b")
+    assert (told["subject"].iloc[0], told["other"].iloc[0], told["test"].iloc[0]) == ("a", "b", "better")
+    assert told["seed"].tolist() == list(range(5))
+    assert told["paper"].isna().all()
+    numbers = [claim("value", 1.0, row=row, expected=x, metric="test_error") for row, x in (("a", 7.0), ("b", 7.5))]
+    assert claims.compared(frame, [c, *numbers], "test_error", "quick")["paper"].unique().tolist() == [0.5]
+    assert claims.compared(frame, [c], "train_loss", "quick").empty
+    assert claims.compared(frame, [c], "test_error", "desktop").empty
+
+
 def test_a_claim_finds_its_rows_and_its_metric(bar: Path) -> None:
     frame = runs({"a": around(2), "b": around(3), "other": around(50)})
     verdict = verdict_of(frame, ordering())

@@ -5,7 +5,7 @@
 :func:`judge_table` all claims of a notebook with its table of runs, :func:`scoreboard` shows what came out.
 """
 
-from koala_lab.claims.evidence import chosen, circumstances, judge_table
+from koala_lab.claims.evidence import chosen, circumstances, compared, judge_table
 from koala_lab.claims.judge import NOT_RUN, STATUSES, Verdict, available, combine, find, judge, load, of
 from koala_lab.claims.schema import ANY, Claim, Criterion, read
 from koala_lab.claims.scoreboard import (
@@ -27,7 +27,8 @@ from koala_lab.parameters import PRESETS
 
 __all__ = [
     "ANY", "BEGIN", "END", "NOT_RUN", "PRESETS", "STATUSES",
-    "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "counts", "differences",
-    "find", "interval", "judge", "judge_table", "lines", "load", "of", "paper_name", "read", "read_verdicts",
+    "Claim", "Criterion", "Verdict", "available", "chosen", "circumstances", "combine", "compared", "counts",
+    "differences", "find", "interval", "judge", "judge_table", "lines", "load", "of", "paper_name", "read",
+    "read_verdicts",
     "replace_block", "save", "saved", "scoreboard", "write_verdicts",
 ]  # fmt: skip

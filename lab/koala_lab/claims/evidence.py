@@ -10,11 +10,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from koala_lab.claims import references
-from koala_lab.claims.judge import Verdict, combine, judge
-from koala_lab.claims.schema import Claim
+from koala_lab.claims.judge import Verdict, combine, gains, judge
+from koala_lab.claims.schema import TESTS, Claim
 
 # What candidates are chosen by, the first that a table has; smaller is better in all of them.
 VALIDATION = ("validation_error", "validation_loss", "frechet_distance_train")
@@ -74,18 +75,74 @@ def _by_case(frame: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
 
 
 def _judge_case(case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset: str) -> Verdict:
-    # At the paper's scale a table without other candidates has the rates that its authors tuned.
-    as_printed = preset not in LEARNED_AT and not (case["candidate"] > 0).any()
-    rates = {} if as_printed else claim.rates
-    choices = choose(case, rates, rows)
-    used = {row: case[(case["row"] == row) & (case["candidate"] == choices[row].candidate)] for row in rows}
+    rates, choices = _choices(case, claim, rows, preset)
     doubt = next(filter(None, (choices[row].doubt for row in rows)), "") or unlearned(case, preset)
     shown = case[case["row"].isin(rows)]
     told: dict[str, Any] = {"doubt": doubt, "setting": describe(shown), "rates": _rates(choices, rates, claim.kind)}
-    samples = {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
+    samples = _samples(case, claim, choices)
     if claim.kind == "value":
         return judge(claim, preset=preset, values=samples[claim.row], **told)
     return judge(claim, preset=preset, arms=samples, **told)
+
+
+def _choices(
+    case: pd.DataFrame, claim: Claim, rows: tuple[str, ...], preset: str
+) -> tuple[Mapping[str, str], dict[str, Choice]]:
+    # At the paper's scale a table without other candidates has the rates that its authors tuned.
+    as_printed = preset not in LEARNED_AT and not (case["candidate"] > 0).any()
+    rates = {} if as_printed else claim.rates
+    return rates, choose(case, rates, rows)
+
+
+def _samples(case: pd.DataFrame, claim: Claim, choices: Mapping[str, Choice]) -> dict[str, dict[int, float]]:
+    """Return the metric by seed of each row, at its chosen candidate."""
+    used = {row: case[(case["row"] == row) & (case["candidate"] == c.candidate)] for row, c in choices.items()}
+    return {row: dict(zip(part["seed"].astype(int), part[claim.metric], strict=True)) for row, part in used.items()}
+
+
+def compared(frame: pd.DataFrame, claims: Iterable[Claim], metric: str, preset: str) -> pd.DataFrame:
+    """Return the paired differences that orderings are judged by at a preset, for figures.
+
+    Args:
+        frame: As for :func:`judge_table`.
+        claims: Of its notebook; those that it would pass over, or that have another metric, are passed over.
+        metric: The column that is compared.
+        preset: Of the measurements.
+
+    Returns:
+        One line per data set, network, claim, comparison and seed that both rows have: ``subject`` and ``other``
+        (rows), ``gain`` (positive where the subject is better), ``test``, ``margin`` and ``confidence`` of the interval
+        that decides, and ``paper``, the same difference of the printed numbers, where both rows have one.
+    """
+    claims = list(claims)
+    numbers = {(c.row, c.expected) for c in claims if c.row and c.metric == metric and c.expected is not None}
+    rows = [row for row, _ in numbers]
+    printed = {row: number for row, number in numbers if rows.count(row) == 1}  # not those of several data sets
+    here, lines = set(frame["row"]), []
+    for claim in claims:
+        criterion = claim.criterion(preset)
+        if claim.kind != "ordering" or claim.metric != metric or criterion is None or not set(claim.arms) <= here:
+            continue
+        for _, case in _split(frame, claim.arms, metric):
+            samples = _samples(case, claim, _choices(case, claim, claim.arms, preset)[1])
+            seeds = sorted(set.union(*map(set, samples.values())))
+            arms = {row: np.array([x.get(seed, math.nan) for seed in seeds]) for row, x in samples.items()}
+            differences = gains(claim, arms)
+            named = {row: np.array(printed.get(row.removesuffix("_own"), math.nan)) for row in claim.arms}
+            own = gains(claim, named)
+            told = {
+                "dataset": case["dataset"].iloc[0],
+                "model": case["model"].iloc[0],
+                "claim": claim.id,
+                "test": criterion.test,
+                "margin": criterion.margin,
+                "confidence": TESTS[criterion.test].confidence,
+            }
+            for (subject, other), gain in differences.items():
+                pair = {**told, "subject": subject, "other": other, "paper": float(own[subject, other])}
+                both = [(seed, value) for seed, value in zip(seeds, gain, strict=True) if math.isfinite(value)]
+                lines += [{**pair, "seed": seed, "gain": value} for seed, value in both]
+    return pd.DataFrame(lines)
 
 
 # ---- rates

@@ -307,14 +307,23 @@ def _incomplete(
     return n, f"{n} of at least {least} seeds" if n < least else ""
 
 
+def gains(claim: Claim, arms: Mapping[str, np.ndarray[Any, Any]]) -> dict[tuple[str, str], np.ndarray[Any, Any]]:
+    """Return the paired differences that an ordering is judged by, per (row, other row), over seeds in one order.
+
+    They are positive where the subject is better; where a claim ranks nobody (``among``), the first less the second.
+    """
+    if claim.among:
+        return {(a, b): arms[a] - arms[b] for a, b in itertools.combinations(arms, 2)}
+    sign = 1.0 if claim.direction == "lower" else -1.0
+    return {(claim.subject, row): sign * (arms[row] - arms[claim.subject]) for row in claim.against}
+
+
 def _pairs(claim: Claim, arms: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the samples to judge: the values, or differences per seed, positive where the subject is better."""
+    """Return the samples to judge by what a verdict calls them: the values, or the differences."""
     if "values" in arms:
         return {"": arms["values"]}
-    if claim.among:
-        return {f" ({a} - {b})": arms[a] - arms[b] for a, b in itertools.combinations(arms, 2)}
-    sign = 1.0 if claim.direction == "lower" else -1.0
-    return {f" over {row}": sign * (arms[row] - arms[claim.subject]) for row in claim.against}
+    name = " ({} - {})" if claim.among else " over {1}"
+    return {name.format(*rows): sample for rows, sample in gains(claim, arms).items()}
 
 
 def _compare(test: str, margin: float, sample: np.ndarray[Any, Any], comparisons: int) -> tuple[str, str]:

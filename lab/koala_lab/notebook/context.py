@@ -283,6 +283,18 @@ class Notebook:
         mine = [c for c in claims.of(self.name) if c.row and c.metric == metric]
         return {c.row: c.expected for c in mine if c.expected is not None}
 
+    def compared(self, frame: pd.DataFrame, metric: str, at: str | None = None) -> pd.DataFrame:
+        """Return the paired differences by which this notebook's orderings of a metric are judged, for figures.
+
+        Args:
+            frame: As for `judge_table`.
+            metric: The column that is compared.
+            at: The preset of the measurements; default is this notebook's own.
+        """
+        from koala_lab import claims
+
+        return claims.compared(frame, claims.of(self.name), metric, at or self.preset)
+
     # ---- verdicts
 
     def judge_table(self, frame: pd.DataFrame, at: str | None = None) -> None:

@@ -117,8 +117,9 @@ def _paper(
     for title, group in groups.items():
         parts.append(f"\n## {title}\n\n```{{index}} ! {title.replace(';', ',')}\n```\n")  # search finds it first
         parts += [f"{_sources(name, titles, pictures, folder)}\n" for name in dict.fromkeys(c.notebook for c in group)]
-        parts += [f"{note}\n" for note in dict.fromkeys(c.note for c in group if c.note)]
-        parts += [_claim(claim, known, every[claim.id]) for claim in group]
+        shared = [note for note, n in Counter(c.note for c in group if c.note).items() if n > 1]
+        parts += [f"{note}\n" for note in shared]
+        parts += [_claim(c, known, every[c.id], "" if c.note in shared else c.note) for c in group]
     (folder / "claims" / f"{paper}.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -139,8 +140,8 @@ def _sources(name: str, titles: Mapping[str, str], pictures: Sequence[Picture], 
     return " · ".join(links)
 
 
-def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
-    """Return one claim as MyST, between the tags of an HTML element that carries its id."""
+def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]], note: str) -> str:
+    """Return one claim as MyST, with the note that it alone has, inside an HTML element that carries its id."""
     value = claim.kind == "value"
     printed = f" · printed: **{claim.paper}**" if claim.paper != "statement" else ""
     place = f"{claim.text if value else claim.where} · {claim.source} · {claim.kind}{printed}"
@@ -161,7 +162,7 @@ def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Seq
     return (
         f'<div class="claim" id="{claim.id}">\n\n**{claim.where if value else claim.text}** '
         f'<a class="address" href="#{claim.id}" title="address of this claim"><code>{claim.id}</code></a>\n\n'
-        f"{place}{rates}{fragile}\n\n{table}\n\n{tail}\n\n</div>\n"
+        f"{place}{rates}{fragile}\n\n{note}\n\n{table}\n\n{tail}\n\n</div>\n"
     )
 
 
@@ -169,6 +170,8 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
     verdict = known.get((claim.id, preset))
     criterion = claim.judge.get(preset)
     by = rule(criterion) if criterion else ""
+    why = verdict.detail if verdict and not verdict.decided else ""
+    why = why.partition(" interval)")[2].lstrip("; ") if " interval)" in why else why  # the rule is said anyway
     scale = "any" if preset == ANY else preset
     now = status(claim, preset, known)
     cells = {
@@ -177,7 +180,7 @@ def _verdict_row(claim: Claim, preset: str, known: Judged) -> str:
         "measured": html.escape(verdict.measured) if verdict else "",
         "n": f"{verdict.n} {verdict.counted}" if verdict and verdict.n else "",
         "on": html.escape("; ".join(filter(None, (verdict.setting, verdict.rates)))) if verdict else "",
-        "judged by": html.escape(f"{verdict.detail}. " if verdict and not verdict.decided else "") + html.escape(by),
+        "judged by": html.escape(f"{by}; {why}" if why else by),
     }
     return "<tr>" + "".join(f'<td data-label="{k}">{v}</td>' for k, v in cells.items()) + "</tr>"
 
@@ -200,10 +203,11 @@ def _index(known: Judged) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     return (
         "---\nnosearch: true\n---\n# All claims\n\n"
-        f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of three papers, and what was "
-        "found at each scale. `quick` is digits and synthetic problems, `desktop` small public data sets on two "
-        "cores, `paper` the paper's own protocol; `any` is settled once: algebra, identities, small problems with "
-        "known answers. A scale for which a claim lists no test has no row.\n\n"
+        f"{len({(p, c) for p in claims.available() for c in claims.load(p)})} claims of "
+        f"{len(claims.available())} papers, and what was found at each scale. `quick` is digits and synthetic "
+        "problems, `desktop` small public data sets on two cores, `paper` the paper's own protocol; `any` is "
+        "settled once: algebra, identities, small problems with known answers. A scale for which a claim lists "
+        "no test has no row.\n\n"
         '```{raw} html\n<form id="claims-filter" hidden></form><p id="claims-count" role="status"></p>\n'
         f'<table class="verdicts" id="claims-table"><thead><tr>{head}</tr></thead><tbody>\n'
         + "\n".join(rows)

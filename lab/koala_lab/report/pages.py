@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import re
 import shutil
@@ -328,7 +329,9 @@ def _library(folder: Path) -> list[str]:
         ):
             continue
         names.append(f"api/{module}")
-        text = f"# `{module}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n   :show-inheritance:\n```\n"
+        entries = staging.index_entries(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "")
+        listing = f"```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n   :show-inheritance:\n```\n"
+        text = f"# `{module}`\n\n{entries}{listing}"
         (folder / "api" / f"{module}.md").write_text(text, encoding="utf-8")
     listed = "\n".join(f"- [`{name.removeprefix('api/')}`]({name.removeprefix('api/')}.md)" for name in names)
     (folder / "api" / "index.md").write_text(

@@ -107,9 +107,14 @@ def figures() -> list[Picture]:
 
 
 def verdicts() -> list[claims.Verdict]:
-    """Return the report's verdicts; the committed ones where there are none and nothing has been executed."""
+    """Return the report's verdicts; where it holds no notebooks, the committed ones of what has not run since."""
     saved = claims.saved()
-    return saved if saved or anything_executed() else committed_verdicts()
+    if anything_executed():
+        return saved
+    folder = paths.report_dir() / "verdicts"
+    notebook = {c.id: c.notebook for paper in claims.available() for c in claims.load(paper).values()}
+    old = [v for v in committed_verdicts() if v.claim_id in notebook]
+    return saved + [v for v in old if not (folder / f"{notebook[v.claim_id]}.json").exists()]
 
 
 def committed_verdicts() -> list[claims.Verdict]:

@@ -22,6 +22,7 @@ from koala_lab.report.shown import COMMITTED, DAMAGED, FAILED, Picture, Shown
 LONG = 12  # lines of code that are shown without a click
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)([^)\s]*\))")
+_ITEM = re.compile(r"(?:Table|Figure|Theorem|Proposition|Algorithm) \d+")
 _FIGURE = re.compile(r"""ctx\.figure\(.+?,\s*(f?)["']([^"']+)["']""", re.DOTALL)
 _DECIDED = re.compile(r"  (reproduced|mixed|contradicted)( \([^)]*\))?: (\S+): (.*?), n = (\d+ \w+)(?:; rates (.*))?")
 
@@ -49,7 +50,7 @@ def stage(shown: Shown, folder: Path, pictures: Mapping[str, Picture], fresh: bo
         book.cells = [each for cell in book.cells for each in _cells(cell, shown, target, pictures)]
         placed = {name for cell in book.cells for name in cell.metadata.get("figures", [])}
         _caption_figures(book.cells)
-        book.cells.insert(1, _markdown(_head(shown, fresh)))
+        book.cells.insert(1, _markdown(head(shown, fresh)))
     book.metadata = {"language_info": {"name": "python", "pygments_lexer": "python"}}
     nbformat.write(book, target)  # type: ignore[no-untyped-call]
     return placed
@@ -65,7 +66,7 @@ def _output(kind: str, **fields: Any) -> NotebookNode:
     return output
 
 
-def _head(shown: Shown, fresh: bool) -> str:
+def head(shown: Shown, fresh: bool) -> str:
     """Return what stands under the title: whether it ran, where its claims are, the file itself."""
     notes = {
         FAILED: ":::{danger}\nThis notebook **failed** here; the page shows how far it came.\n:::\n\n",
@@ -83,7 +84,15 @@ def _head(shown: Shown, fresh: bool) -> str:
         place = f"notebooks/{shown.name}.ipynb"
         parts.append(f"[Binder](https://mybinder.org/v2/gh/{repository}/HEAD?urlpath=lab/tree/{place})")
         parts.append(f"[Colab](https://colab.research.google.com/github/{repository}/blob/HEAD/{place})")
-    return notes.get(shown.state, "") + " · ".join(parts)
+        folder = repository.rpartition("/")[2]
+        get = f"!git clone https://github.com/{repository} && pip install -e {folder} -e {folder}/lab"
+        parts[-1] += f"\n\nIn Colab run this in a cell of its own, restart the runtime, then go on: `{get}`"
+    return notes.get(shown.state, "") + index_entries(shown.title) + " · ".join(parts)
+
+
+def index_entries(title: str) -> str:
+    """Return MyST that makes the search list a page first for each item of a paper that its title names."""
+    return "".join(f"```{{index}} ! {item}\n```\n\n" for item in dict.fromkeys(_ITEM.findall(title)))
 
 
 def _cells(cell: NotebookNode, shown: Shown, target: Path, pictures: Mapping[str, Picture]) -> Iterator[NotebookNode]:

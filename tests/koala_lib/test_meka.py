@@ -568,6 +568,33 @@ def test_every_argument_changes_the_weights(key: str) -> None:
     assert torch.equal(run(), run())
 
 
+@pytest.mark.parametrize("key", CHANGES)
+def test_an_option_changed_in_the_groups_acts_or_is_refused(key: str) -> None:
+    def run(*, change: bool) -> Tensor:
+        net = Net()
+        optimizer = Meka(net, squared, **{"max_step_size": 0.1, **base})
+        advance(net, optimizer, range(2))
+        if change:
+            optimizer.param_groups[0][key] = CHANGES[key]
+        if change and key == "prior_variance":
+            message = "prior_variance was changed from 10000.0 to 0.01 in a param group, but Meka reads it in the cons"
+            with pytest.raises(ValueError, match=message):
+                advance(net, optimizer, [2])
+            optimizer.param_groups[0][key] = 1e4
+        return advance(net, optimizer, range(2, steps))
+
+    base, steps = ({"step_size": "ei"}, 12) if key == "max_step_size" else ({}, 5)
+    assert torch.equal(run(change=True), run(change=False)) == (key == "prior_variance")
+
+
+def test_an_option_changed_to_nonsense_is_refused() -> None:
+    net = Net()
+    optimizer = Meka(net, squared)
+    optimizer.param_groups[0]["smoothing"] = 1.0
+    with pytest.raises(ValueError, match="smoothing must be a finite number >= 0 and < 1, got 1"):
+        advance(net, optimizer, [0])
+
+
 @pytest.mark.parametrize("moments", ["vmap", "structured"])
 def test_ways_to_compute_moments_agree(moments: str) -> None:
     runs = []

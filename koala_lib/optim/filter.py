@@ -112,7 +112,8 @@ class ScalarFilter(CheckedOptimizer):
             if group[name] != value:
                 raise ValueError(
                     f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
-                    f"so all of them have the same {name} (here {value!r}); a group may set " + ", ".join(self.per_group)
+                    f"so all of them have the same {name} (here {value!r}); a group may set "
+                    + ", ".join(self.per_group)
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -117,6 +117,16 @@ def test_make_notices_an_environment_that_cannot_be_used(checkout: Path, tmp_pat
     assert f'.venv does not run; it is made anew" && {rebuilt}' in setup_says(copy)
 
 
+def test_make_keeps_caches_in_the_checkout_where_the_home_folder_takes_none(tmp_path: Path) -> None:
+    for home, inside in (("/nowhere", True), (str(tmp_path), False)):
+        command = ["make", "-C", ROOT, "--no-print-directory", "--eval", "caches: ; @env", "caches"]
+        environment = {"PATH": os.environ["PATH"], "HOME": home}
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        caches = re.findall(r"^(?:XDG_CACHE_HOME|IPYTHONDIR|JUPYTER_\w+|MPLCONFIGDIR)=(.*)$", shown, re.M)
+        assert len(caches) == 6 * inside
+        assert all(folder.startswith(f"{ROOT}/.snakemake/") for folder in caches)
+
+
 def test_profiles_name_options_of_snakemake() -> None:
     from snakemake.cli import get_argument_parser
 

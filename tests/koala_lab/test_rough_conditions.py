@@ -19,6 +19,8 @@ from koala_lab.config import RunConfig
 from koala_lab.files import read_yaml
 from koala_lab.parameters import declared, resolve
 from koala_lab.report import shown
+from koala_lab.runs import references
+from koala_lab.runs.provenance import provenance
 from koala_lab.runs.training import RunResult
 
 
@@ -138,6 +140,7 @@ CHANGES: list[tuple[list[str | int], Any]] = [
     (["provenance", "data"], "x"),
     (["provenance", "seconds"], "x"),
     (["key"], 5),
+    (["key"], "0123456789abcdef"),  # a whole record, of another run
 ]
 
 
@@ -202,6 +205,32 @@ def test_a_damaged_notebook_is_named_and_takes_no_other_down(elsewhere: Path, mo
     page = (elsewhere / "sources" / "index.md").read_text(encoding="utf-8")
     assert "99_cut.ipynb is no notebook" in page
     assert "26_sdlbfgs" in page
+
+
+# ---- verdicts of another processor
+
+
+def test_the_report_lists_verdicts_that_differ_from_the_committed_ones(elsewhere: Path) -> None:
+    here, same, *_ = (c for c in claims.load("koala").values() if "quick" in c.judge)
+    claims.write_verdicts([verdict(here.id, status="contradicted"), verdict(same.id)], report.committed())
+    claims.save([verdict(here.id), verdict(same.id)], here.notebook)
+    line = f"{here.id} at quick: reproduced here, contradicted there"
+    assert report.differences() == [line]
+    report.assemble(elsewhere / "sources", elsewhere / "extra")
+    assert line in (elsewhere / "sources" / "index.md").read_text(encoding="utf-8")
+    assert koala("report", "--compare", str(elsewhere / "report" / "verdicts")) == (0, "")
+    code, output = koala("report", "--compare", str(elsewhere / "nowhere"))
+    assert (code, len(output.strip().splitlines())) == (2, 1)
+    assert "nowhere is no folder of verdicts" in output
+
+
+def test_what_is_measured_names_the_processor_and_its_kernels(elsewhere: Path) -> None:
+    """As runs and benchmarks do: the same key has other digits on another processor."""
+    config = RunConfig(dataset="digits", model="mlp_100", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+    references.store([config], lambda _: None)
+    [entry] = json.loads((paths.results_dir() / "references.json").read_text())["references"].values()
+    assert entry["provenance"] == provenance("cpu")
+    assert entry["provenance"]["kernels"]
 
 
 # ---- stray notebooks, stores of others

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -566,6 +567,20 @@ def test_every_argument_changes_the_weights(key: str) -> None:
     base, steps = ({"step_size": "ei"}, 12) if key == "max_step_size" else ({}, 5)
     assert float((run(**{key: CHANGES[key]}) - run()).abs().max()) > 1e-6
     assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_parameters_are_added_after_a_copy_as_before_it(again: Callable[[Any], Any]) -> None:
+    ends = []
+    for way in (lambda o: o, again):
+        net = Net()
+        net.weight.requires_grad_(False)
+        optimizer = way(Meka(net, squared, 0.3))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.model.weight.requires_grad_(True)
+        optimizer.add_param_group({"params": [optimizer.model.weight], "lr": 0.1})
+        ends.append(advance(optimizer.model, optimizer, range(3)))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("key", CHANGES)

@@ -276,7 +276,9 @@ class Apollo(CheckedOptimizer):
 
         Raises:
             RuntimeError: for a sparse gradient; nothing has moved then.
+            ValueError, TypeError: for an lr or a weight decay that the constructor would refuse; likewise.
         """
+        self._check_rates()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -84,6 +84,7 @@ class ScalarFilter(CheckedOptimizer):
 
     def _check_changes(self) -> None:
         """Refuse what somebody wrote into a param group since the last step, where nothing would read it."""
+        self._check_rates()
         shared = self._shared()
         if shared != self._accepted:
             for name in self.fixed:
@@ -241,9 +242,15 @@ class LossFilter(ScalarFilter):
         :meth:`zero_grad`: what ``model.zero_grad()`` does is seen before this call, or by ``observe`` before backward.
 
         Raises:
+            RuntimeError: in ``torch.inference_mode``, where only evaluation belongs.
             ValueError, TypeError: if an option was changed in a param group to what the constructor would refuse, in
                 some of the groups only, or where nothing reads it any more.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}.predict() was called in torch.inference_mode, but it moves the weights, for "
+                "training: let the hook that calls it do so only where torch.is_grad_enabled()"
+            )
         self._check_changes()
         pending = self._pending
         if pending.losses and not self._has_gradients():

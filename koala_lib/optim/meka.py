@@ -19,6 +19,7 @@ from koala_lib import kalman
 from koala_lib.moments import METHODS, Along, observe, sample_moments
 from koala_lib.optim._engine.checks import check_bool, check_choice, check_number, check_problem, options_among
 from koala_lib.optim._engine.lists import dot
+from koala_lib.optim._engine.passes import left_behind
 from koala_lib.optim._engine.sharded import is_sharded
 from koala_lib.optim.filter import Entries, ScalarFilter
 from koala_lib.step_size import RULES, PredictedChange
@@ -426,6 +427,7 @@ class Meka(ScalarFilter):
         for name, p in self.model.named_parameters():
             if p.requires_grad and p in ours:
                 named[name] = p
+                self.state[p].update({key: t.to(p) for key, t in left_behind(p, self.state[p]).items()})
                 if "mean" not in self.state[p]:
                     for key in ("mean", "displacement"):
                         self.state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)

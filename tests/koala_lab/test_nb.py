@@ -187,6 +187,16 @@ def test_plain_papermill_fails_in_the_start_cell(project: Project, given: dict[s
     assert message in str(caught.value)
 
 
+def test_a_notebook_needs_no_screen_and_keeps_its_assertions(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: a backend of windows in a profile, or -O."""
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    path = project.notebook("koala/20_tiny", "import matplotlib.pyplot as plt\nfigure = plt.figure()", "assert False")
+    with pytest.raises(execute.NotebookFailed, match=r"cell \[4\] 'assert False' failed with AssertionError"):
+        execute.execute(path, project.root / "x.ipynb", {})
+
+
 @pytest.mark.parametrize("room", [100, 4000])
 def test_a_disk_that_is_full_for_an_output_leaves_what_is_there(project: Project, room: int) -> None:
     """As `koala notebook` meets it: no file may grow beyond ``room`` bytes."""

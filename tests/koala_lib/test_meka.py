@@ -583,6 +583,18 @@ def test_parameters_are_added_after_a_copy_as_before_it(again: Callable[[Any], A
     assert torch.equal(*ends)
 
 
+def test_a_network_that_is_converted_takes_the_state_along() -> None:
+    net, other = Net(), Net(torch.float32)
+    optimizer, expected = Meka(net, squared, 0.3), Meka(other, squared, 0.3)
+    advance(net, optimizer, range(2))
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(net.state_dict())
+    net.to(torch.float32)
+    ends = [advance(n, o, range(2, 4), torch.float32) for n, o in ((net, optimizer), (other, expected))]
+    assert torch.equal(*ends)
+    assert {t.dtype for t in optimizer.state[net.weight].values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("key", CHANGES)
 def test_an_option_changed_in_the_groups_acts_or_is_refused(key: str) -> None:
     def run(*, change: bool) -> Tensor:

@@ -195,6 +195,47 @@ def test_an_option_changed_in_the_groups_acts_or_is_refused(case: Case, name: st
     assert torch.equal(plain, changed) == name.startswith("initial_")
 
 
+@each_case
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, "0.1", None, True])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_is_none_is_refused_and_moves_nothing(case: Case, name: str, value: Any) -> None:
+    """As of a schedule that divides by zero."""
+    net = Net()
+    optimizer = case(two_halves(net))
+    advance(net, optimizer, range(2))
+    before = snapshot(net, optimizer)
+    old, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must be a .*number"):
+        advance(net, optimizer, [2])
+    optimizer.param_groups[1][name] = old
+    assert_same(snapshot(net, optimizer), before)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_network_that_is_converted_takes_the_state_along(case: Case, dtype: torch.dtype) -> None:
+    """As ``model.to(dtype)`` or ``model.to(device)`` after some steps, which know nothing of the optimizer."""
+    net, optimizer = trained(case, 2)
+    other = Net(dtype)
+    expected = case(other.parameters())
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(net.state_dict())
+    net.to(dtype)
+    advance(net, optimizer, range(2, 4))
+    advance(other, expected, range(2, 4))
+    assert_same(snapshot(net, optimizer), snapshot(other, expected))
+
+
+@each_filter
+def test_predict_in_inference_mode_is_refused(case: Case) -> None:
+    """As from an unguarded hook in a framework's validation, before the first step even."""
+    net = Net()
+    optimizer = case(net.parameters())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*where torch.is_grad_enabled\(\)"):
+        optimizer.predict()
+    advance(net, optimizer, [0])
+
+
 @each_filter
 def test_an_option_changed_in_one_group_or_to_nonsense_is_refused(case: Case) -> None:
     net = Net()

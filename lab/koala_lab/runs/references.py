@@ -13,6 +13,7 @@ from koala_lab.claims.references import Reference
 from koala_lab.config import RunConfig
 from koala_lab.files import write_json
 from koala_lab.runs.provenance import provenance
+from koala_lab.runs.store import locked
 
 
 def key_of(config: RunConfig) -> str:
@@ -91,4 +92,5 @@ def store(configs: Iterable[RunConfig], say: Callable[[str], Any] = print) -> No
         value = float(f"{found.value:.6g}")
         entries[key] = found._asdict() | {"value": value, "provenance": provenance("cpu")}
         say(f"{key}: {found.model} has {found.metric} {found.value:.4g}")
-        write_json(path, {"references": dict(sorted(entries.items()))})
+        with locked("references"):  # somebody else may have measured others meanwhile
+            write_json(path, {"references": dict(sorted((references.entries() | {key: entries[key]}).items()))})

@@ -5,13 +5,14 @@
     python -P tests/faults.py --minutes 1 --without rename    (or lock, or key: the campaign must notice)
 
 Every attempt ends in one of three ways: as if nothing had happened (the same hash of the weights), with a warning that
-names the file, or with one sentence. Anything else is a failure and is listed. The last report is committed in
-``data/results/faults.json``. It is no part of `make test`: half an hour on two cores.
+names the file, or with one sentence. Anything else is a failure and is listed. The last report of each kind is
+committed in ``data/results/faults.json``. It is no part of `make test`: half an hour on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from koala_lab.files import read_yaml, write_json
 from koala_lab.notebook import declared_in
 from koala_lab.runs.provenance import provenance
 from koala_lab.runs.store import read_results
-from koala_lib import KoalaM, KoalaV, kalman
+from koala_lib import KoalaM, KoalaPlusPlus, KoalaV, kalman
 
 BASE = RunConfig(dataset="digits", train_size=320, model="mlp_100", optimizer="koala_m", epochs=3, batch_size=32)
 CONFIGS = [
@@ -373,23 +375,43 @@ def contend(report: Report, rng: random.Random, end: float) -> None:
 
 # ---- filters
 
-FILTER_STEPS = 1_000_000
+FILTER_STEPS = 1_000_000  # of covariances, and of whole filters: losses, gradients and weights
+WORKERS = 2  # processes that drive the latter
 SIZES = (0.0, 1e-30, 1e-8, 1.0, 1e8, 1e30, math.inf, math.nan)  # of gradients and losses
 COMMON = ("usual", "wild")  # how often the last ones come
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # in float16 a step of 1e5 is infinite
 
 
 def drive_filters(report: Report, rng: random.Random, end: float) -> None:
-    """Drive a million steps of covariances, then, in the time that is left, whole optimizers chosen by Hypothesis."""
+    """Drive a million steps of covariances, then a million of whole optimizers chosen by Hypothesis, if time allows."""
     _drive_covariances(report, rng)
+    with store() as s:
+        counts = [s.root / f"{number}.json" for number in range(WORKERS)]
+        seeds = [rng.randrange(2**32) for _ in counts]
+
+        def work(file: Path, seed: int) -> None:
+            mine = Report()
+            _drive_optimizers(mine, random.Random(seed), end)
+            write_json(file, {"steps": mine.attempts["filter step"], "failures": mine.failures})
+
+        codes = [ended(pid) for pid in [child(partial(work, *job)) for job in zip(counts, seeds, strict=True)]]
+        if any(codes):
+            report.fail("filter step", f"exit codes {codes}")
+        for found in (files.read_json(file) for file in counts if file.exists()):
+            report.attempts["filter step"] += found["steps"]
+            report.failures += found["failures"]
+
+
+def _drive_optimizers(report: Report, rng: random.Random, end: float) -> None:
     choices = strategies.fixed_dictionaries(
         {
-            "make": strategies.sampled_from([KoalaV, KoalaM]),
+            "make": strategies.sampled_from([KoalaV, KoalaM, KoalaPlusPlus]),
             "formulas": strategies.sampled_from(["paper", "released"]),
             "blocks": strategies.sampled_from(["tensor", "global"]),
             "target_risk": strategies.sampled_from(["relative", "absolute"]),
             "weight_decay": strategies.sampled_from([0.0, 0.02]),
             "lr": strategies.sampled_from([1e-3, 0.01, 1.0]),
+            "positive_semidefinite": strategies.booleans(),
         }
     )
     dtypes = strategies.lists(strategies.sampled_from(DTYPES), min_size=1, max_size=2)
@@ -397,13 +419,14 @@ def drive_filters(report: Report, rng: random.Random, end: float) -> None:
     @settings(max_examples=20, deadline=None, database=None)
     @given(choices, dtypes, strategies.sampled_from(COMMON), strategies.integers(0, 2**32 - 1))
     def episode(options: dict[str, Any], dtypes: list[torch.dtype], mix: str, seed: int) -> None:
-        _episode(report, dict(options), dtypes, mix, random.Random(seed))
+        if time.monotonic() < end:
+            _episode(report, dict(options), dtypes, mix, random.Random(seed))
 
-    while True:
+    while report.attempts["filter step"] < FILTER_STEPS / WORKERS:
         try:
             seed(rng.randrange(2**32))(episode)()
         except AssertionError as error:
-            report.fail("filter step", " ".join(str(error).split()))
+            report.failures.append("filter step: " + " ".join(str(error).split()))
         if time.monotonic() >= end:
             return
 
@@ -444,7 +467,9 @@ def _episode(
     grads = {dtype: [[(row * size).to(dtype) for row in unit] for size in SIZES] for dtype in dtypes}
     losses = [unit[:, 0].abs() * size for size in SIZES]
     params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes]
-    optimizer = options.pop("make")(params, **options)
+    make = options.pop("make")
+    known = inspect.signature(make).parameters
+    optimizer = make(params, **{name: value for name, value in options.items() if name in known})
     for step in range(steps):
         optimizer.predict()
         for p in params:
@@ -453,7 +478,7 @@ def _episode(
         state = optimizer.filter_state()
         report.attempts["filter step"] += 1
         covariance = state.pop("covariance", 0.0)
-        product = state["variance"] * state.get("velocity_variance", 0.0)
+        product = state.get("variance", 0.0) * state.get("velocity_variance", 0.0)
         assert all(0 <= value < math.inf for value in state.values()), f"step {step}: {state}"
         assert covariance**2 <= product * (1 + 1e-6), f"step {step}: covariance {covariance} of {state}"
         if step % 20 == 0 or step == steps - 1:  # what is not finite stays so
@@ -500,12 +525,12 @@ def without(safeguard: str) -> Iterator[None]:
 
 
 KINDS: dict[str, tuple[Callable[[Report, random.Random, float], None], float]] = {
-    "runs": (kill_runs, 0.35),
-    "notebooks": (kill_notebooks, 0.15),
-    "disks": (fill_disks, 0.15),
-    "files": (corrupt_files, 0.15),
+    "runs": (kill_runs, 0.3),
+    "notebooks": (kill_notebooks, 0.1),
+    "disks": (fill_disks, 0.1),
+    "files": (corrupt_files, 0.1),
     "locks": (contend, 0.1),
-    "filters": (drive_filters, 0.1),
+    "filters": (drive_filters, 0.3),
 }  # and their shares of the time
 
 
@@ -514,7 +539,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--keep", action="store_true", help="write the report to data/results/faults.json")
+    parser.add_argument("--keep", action="store_true", help="write it to data/results/faults.json, kind by kind")
     parser.add_argument("--without", choices=SAFEGUARDS, help="take a safeguard away; exit code 0 if it is missed")
     given = parser.parse_args()
     if given.without:
@@ -526,27 +551,29 @@ def main() -> int:
         print(f"without the {given.without}: {len(report.failures)} failures in {dict(report.attempts)}")
         return 0 if report.failures else 1
     torch.set_num_threads(1)
-    report, rng, started = Report(), random.Random(given.seed), time.monotonic()
+    file = paths.results_dir() / "faults.json"
+    content, failures = files.read_json(file) if file.exists() else {}, 0
     shares = sum(KINDS[kind][1] for kind in given.only)
     for kind in given.only:
         work, share = KINDS[kind]
+        report, started = Report(), time.monotonic()
         try:
-            work(report, rng, time.monotonic() + 60 * given.minutes * share / shares)
+            work(report, random.Random(given.seed), started + 60 * given.minutes * share / shares)
         except Exception as error:  # nothing of the pipeline may raise through the campaign
             report.fail(kind, f"{type(error).__name__}: {error}")
-        print(f"{kind}: {dict(report.attempts)}")
-    content = {
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "seed": given.seed,
-        "attempts": dict(report.attempts),
-        "outcomes": dict(sorted(report.outcomes.items())),
-        "failures": report.failures,
-        "provenance": provenance(torch.device("cpu")),
-    }
-    print(json.dumps(content, indent=1))
-    if given.keep:
-        write_json(paths.results_dir() / "faults.json", content)
-    return 1 if report.failures else 0
+        content[kind] = {
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "seed": given.seed,
+            "attempts": dict(report.attempts),
+            "outcomes": dict(sorted(report.outcomes.items())),
+            "failures": report.failures,
+            "provenance": provenance(torch.device("cpu")),
+        }
+        failures += len(report.failures)
+        print(kind, json.dumps(content[kind], indent=1))
+        if given.keep:
+            write_json(file, {kind: content[kind] for kind in KINDS if kind in content})
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import venv
 from functools import cache
@@ -17,6 +19,7 @@ import jsonschema  # comes with nbformat
 import pytest
 import torch
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from koala_lab import claims, paths, report
 from koala_lab.claims import BEGIN, END, replace_block
@@ -49,6 +52,60 @@ def test_environment_yml_has_the_requirements_of_both_distributions_with_the_sam
     assert given.pop("pip") == ""
     assert given.pop("python") == LIBRARY["requires-python"] == LAB["requires-python"]
     assert given == wanted
+
+
+def test_what_is_installed_here_is_within_the_bounds_of_environment_yml() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    on_pypi = {conda: pypi for pypi, conda in ON_CONDA_FORGE.items()}
+    for name, bound in map(_split, environment["dependencies"][:-1]):
+        if name == "python":
+            found = ".".join(map(str, sys.version_info[:3]))
+        else:
+            found = importlib.metadata.version(on_pypi.get(name, name))
+        assert SpecifierSet(bound).contains(found), f"{name}{bound}: {found}"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """What the two distributions are built from, in a folder with a space and an umlaut in its name."""
+    folder = tmp_path / "Müller's copy"
+    (folder / "lab").mkdir(parents=True)
+    for name in ("pyproject.toml", "lab/pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "environment.yml"):
+        shutil.copy(ROOT / name, folder / name)
+    for package in ("koala_lib", "lab/koala_lab"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_of_the_checkout.py").touch()
+    return folder
+
+
+def python(folder: Path, *arguments: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_"))}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_pip_section_of_environment_yml_works_in_a_folder_with_spaces(copied: Path) -> None:
+    """As conda does: the lines go into a file beside environment.yml, and pip runs there, wherever conda was called."""
+    lines = yaml.safe_load((copied / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    requirements = copied / "condaenv.x1y2.requirements.txt"
+    requirements.write_text("\n".join(lines))
+    offline = ["--dry-run", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    said = python(copied, "-m", "pip", "install", "-U", *offline, "-r", str(requirements))
+    version = LIBRARY["version"]
+    assert f"Would install koala-lab-{version} koala-lib-{version}" in said
+
+
+def test_a_source_distribution_has_no_tests_without_their_helpers(copied: Path) -> None:
+    build = "import setuptools.build_meta as b; print(b.build_sdist('made'))"
+    file = copied / "made" / python(copied, "-c", build).split()[-1]
+    with tarfile.open(file) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert "koala_lib/optim/koala.py" in names
+    assert not [name for name in names if name.startswith(("tests", "lab"))]
 
 
 def test_the_library_needs_torch_alone_and_the_two_distributions_share_a_version() -> None:
@@ -116,6 +173,16 @@ def test_make_notices_an_environment_that_cannot_be_used(checkout: Path, tmp_pat
     assert f'.venv has no pip; it is made anew" && {rebuilt}' in setup_says(copy)
     (copy / ".venv" / "bin" / "python").unlink()
     assert f'.venv does not run; it is made anew" && {rebuilt}' in setup_says(copy)
+
+
+def test_make_keeps_caches_in_the_checkout_where_the_home_folder_takes_none(tmp_path: Path) -> None:
+    for home, inside in (("/nowhere", True), (str(tmp_path), False)):
+        command = ["make", "-C", ROOT, "--no-print-directory", "--eval", "caches: ; @env", "caches"]
+        environment = {"PATH": os.environ["PATH"], "HOME": home}
+        shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        caches = re.findall(r"^(?:XDG_CACHE_HOME|IPYTHONDIR|JUPYTER_\w+|MPLCONFIGDIR)=(.*)$", shown, re.M)
+        assert len(caches) == 6 * inside
+        assert all(folder.startswith(f"{ROOT}/.snakemake/") for folder in caches)
 
 
 def test_profiles_name_options_of_snakemake() -> None:

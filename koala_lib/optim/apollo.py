@@ -290,7 +290,9 @@ class Apollo(CheckedOptimizer):
 
         Raises:
             RuntimeError: for a sparse gradient; nothing has moved then.
+            ValueError, TypeError: for an lr or a weight decay that the constructor would refuse; likewise.
         """
+        self._check_rates()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -356,6 +358,9 @@ class Apollo(CheckedOptimizer):
             mean_rates, rates = (list(column) for column in zip(*(at[t] for t in numbers), strict=True))
         torch._foreach_add_(counts, counts[0].new_ones(()), alpha=1)  # without alpha it would be read as a number
         stored = group["decoupled_weight_decay"]
+        if not stored and "direction" in self.state[bucket.params[0]]:  # of a time when it was decoupled
+            for p in bucket.params:
+                self.state[p].pop("direction", None)
         tensors = _Tensors(
             params=bucket.shards,
             grads=bucket.grads,

@@ -37,11 +37,14 @@ class ScalarFilter(CheckedOptimizer):
 
     filter_entries: tuple[str, ...]  # one of them is "skipped_steps"
     per_group: tuple[str, ...] = ("lr",)  # the options that groups may set differently
+    fixed: tuple[str, ...]  # the options that say how the filter starts, which nothing reads afterwards
     made_in_groups = ("filter", "predicted")
     new_entries = 0  # how many of the last entries states of version 0.1 have not
 
     def __init__(self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float]) -> None:
         check_not_divided(type(self).__name__)
+        self._check_options(defaults)
+        self._accepted: dict[str, Any] = {}
         self._filter_values = [filter_values[name] for name in self.filter_entries]
         super().__init__(params, defaults)
 
@@ -71,18 +74,48 @@ class ScalarFilter(CheckedOptimizer):
             device = first["params"][0].device if first["params"] else torch.device("cpu")
             first["filter"] = torch.tensor(self._filter_values, dtype=scalar_dtype(device), device=device)
         group["filter"] = first["filter"]
+        if group is first:
+            self._accepted.update(self._shared())
+
+    def _shared(self) -> dict[str, Any]:
+        """Return the options that all groups have in common, as they are now."""
+        first = self.param_groups[0]
+        return {name: first[name] for name in self.defaults if name in first and name not in self.per_group}
+
+    def _check_changes(self) -> None:
+        """Refuse what somebody wrote into a param group since the last step, where nothing would read it."""
+        self._check_rates()
+        shared = self._shared()
+        if shared != self._accepted:
+            for name in self.fixed:
+                if shared[name] != self._accepted[name]:
+                    raise ValueError(
+                        f"{name} was changed from {self._accepted[name]!r} to {shared[name]!r} in a param group, but "
+                        f"{type(self).__name__} reads it in the constructor only: set it back, or make a new optimizer"
+                    )
+            self._check_options(self.param_groups[0])
+            self._accepted.update(shared)
+        for group in self.param_groups[1:]:
+            self._check_shared(group, shared)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Raise a ValueError or a TypeError that names what is wrong with the options that all groups share."""
+        raise NotImplementedError
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_lr(group["lr"])
-        for name, default in self.defaults.items():
-            value = default if group is self.param_groups[0] else self.param_groups[0].get(name, default)
-            if name not in self.per_group and group[name] != value:
+        now = self.defaults if group is self.param_groups[0] else self.defaults | self._shared()
+        self._check_shared(group, {name: value for name, value in now.items() if name not in self.per_group})
+        check_real(type(self).__name__, group["params"])
+
+    def _check_shared(self, group: dict[str, Any], shared: dict[str, Any]) -> None:
+        for name, value in shared.items():
+            if group[name] != value:
                 raise ValueError(
                     f"{name}={group[name]!r} in a param group: {type(self).__name__} keeps one filter for all groups, "
-                    f"so {name} is set once in the constructor (here {value!r}); a group may set "
+                    f"so all of them have the same {name} (here {value!r}); a group may set "
                     + ", ".join(self.per_group)
                 )
-        check_real(type(self).__name__, group["params"])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, unpickling and deepcopy end here: check what came, then share one filter between the groups.
@@ -101,6 +134,7 @@ class ScalarFilter(CheckedOptimizer):
             )
         super().__setstate__(state)
         self._share_filter(saved)
+        self._accepted = self._shared()
 
     def _share_filter(self, values: Tensor) -> None:
         """Put one tensor of scalars into all groups."""
@@ -148,6 +182,7 @@ class LossFilter(ScalarFilter):
     """
 
     per_group = ("lr", "weight_decay")
+    fixed: tuple[str, ...] = ("initial_variance", "initial_measurement_noise")
     new_entries = 1
     filter_type: Any  # the NamedTuple of the filter's scalars
     _pending: Pending
@@ -162,13 +197,6 @@ class LossFilter(ScalarFilter):
     def __init__(
         self, params: Any, defaults: dict[str, Any], filter_values: dict[str, float], process_group: Any
     ) -> None:
-        for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
-            check_number(name, defaults[name])
-        check_number("noise_decay", defaults["noise_decay"], high=1.0)
-        if defaults["measurement_noise"] is not None:
-            check_number("measurement_noise", defaults["measurement_noise"], open_low=True)
-        check_flag("foreach", defaults["foreach"])
-        check_flag("fused", defaults["fused"])
         if process_group not in (None, False) and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 "process_group must be a torch.distributed.ProcessGroup, None, or False for ranks that mean to be "
@@ -178,6 +206,15 @@ class LossFilter(ScalarFilter):
         self._knows_ranks = process_group is not None
         self._pending = Pending()
         super().__init__(params, defaults, filter_values)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in ("initial_variance", "initial_measurement_noise", "min_grad_norm"):
+            check_number(name, options[name])
+        check_number("noise_decay", options["noise_decay"], high=1.0)
+        if options["measurement_noise"] is not None:
+            check_number("measurement_noise", options["measurement_noise"], open_low=True)
+        check_flag("foreach", options["foreach"])
+        check_flag("fused", options["fused"])
 
     # -- what a subclass fills in ------------------------------------------------------------------------------
 
@@ -203,7 +240,18 @@ class LossFilter(ScalarFilter):
         as those of micro-batches are, and are forgotten if the gradients were cleared since: so a step that a gradient
         scaler skipped can simply be repeated. Between this call and the backward pass clear them with the optimizer's
         :meth:`zero_grad`: what ``model.zero_grad()`` does is seen before this call, or by ``observe`` before backward.
+
+        Raises:
+            RuntimeError: in ``torch.inference_mode``, where only evaluation belongs.
+            ValueError, TypeError: if an option was changed in a param group to what the constructor would refuse, in
+                some of the groups only, or where nothing reads it any more.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}.predict() was called in torch.inference_mode, but it moves the weights, for "
+                "training: let the hook that calls it do so only where torch.is_grad_enabled()"
+            )
+        self._check_changes()
         pending = self._pending
         if pending.losses and not self._has_gradients():
             pending.losses = ()

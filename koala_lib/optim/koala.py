@@ -52,11 +52,6 @@ class _Koala(LossFilter):
     has_velocity: bool
 
     def __init__(self, params: Any, options: dict[str, Any], process_group: Any) -> None:
-        if options["process_noise"] is not None:
-            check_number("process_noise", options["process_noise"])
-        check_choice("target_risk", options["target_risk"], ("relative", "absolute"))
-        check_choice("blocks", options["blocks"], ("tensor", "global"))
-        check_choice("formulas", options["formulas"], ("paper", "released"))
         q, R = options["process_noise"], options["measurement_noise"]
         adaptive_q = 0.01 if options["formulas"] == "released" else 0.0  # released row 1 starts its average at 0.01
         initial = {
@@ -69,6 +64,14 @@ class _Koala(LossFilter):
             "negative_losses": 0.0,
         }
         super().__init__(params, options, initial, process_group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if options["process_noise"] is not None:
+            check_number("process_noise", options["process_noise"])
+        check_choice("target_risk", options["target_risk"], ("relative", "absolute"))
+        check_choice("blocks", options["blocks"], ("tensor", "global"))
+        check_choice("formulas", options["formulas"], ("paper", "released"))
 
     def _initialise(self) -> None:
         options = self.param_groups[0]
@@ -85,6 +88,8 @@ class _Koala(LossFilter):
         options, state = self.param_groups[0], self.filter_type(*scalars(self._filter()))
         adaptive, released = options["process_noise"] is None, options["formulas"] == "released"
         beta, q = options["noise_decay"], state.process_noise
+        if not adaptive:
+            q = 0 * q + options["process_noise"]  # which may have changed; of the filter's kind and device
         if self.has_velocity or adaptive:
             kept = ["velocity"] * self.has_velocity + ["average"] * adaptive
             passes = KoalaPasses(self, kept, with_gradient=False, process_group=self._process_group)
@@ -123,6 +128,8 @@ class _Koala(LossFilter):
         missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if options["measurement_noise"] is None:  # against target 0, used in the same step (released rows 4, 5)
             R = beta * R + (1 - beta) * seen.squared_loss  # (22)
+        else:
+            R = 0 * R + options["measurement_noise"]
 
         # A step is skipped if the gradient is too small, or loss or gradient are not finite; or if no S_i > 0: neither
         # the loss nor the weights are uncertain, so there is nothing to learn.
@@ -167,7 +174,8 @@ class KoalaV(_Koala):
     Args:
         params: real floating-point tensors or param groups.
         lr: epsilon_k, the share of the loss to remove in a step (``target_risk="relative"``, eq. 28) or the amount
-            (``"absolute"``, eq. 27). Schedulers act on it.
+            (``"absolute"``, eq. 27). Schedulers act on it. Other options may be changed between steps, too, in all
+            groups alike; those named ``initial_...`` say how the filter starts and are refused then.
         initial_variance: P_0 = sigma_0^2.
         process_noise: Q, a fixed variance; ``None`` estimates it from the drift of the weights (eqs. 23, 24).
         measurement_noise: R, a fixed variance in squared units of the loss; ``None`` averages the squared losses (22).
@@ -240,12 +248,14 @@ class KoalaV(_Koala):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        options = options_among(locals())
-        if formulas == "released" and process_noise is None:
+        super().__init__(params, options_among(locals()), process_group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        if options["formulas"] == "released" and options["process_noise"] is None:
             raise ValueError(
                 "process_noise=None needs formulas='paper': the released KOALA-V has a fixed process noise only"
             )
-        super().__init__(params, options, process_group)
 
     def _predict_covariance(self, state: PositionFilter, q: Scalar) -> PositionFilter:
         P = kalman.predict_position(state.variance, q)  # P^ = P + Q
@@ -301,6 +311,7 @@ class KoalaM(_Koala):
     """
 
     has_velocity = True
+    fixed = (*_Koala.fixed, "initial_velocity_variance", "initial_covariance")
     filter_type = MomentumFilter
     filter_entries = MomentumFilter._fields
 
@@ -327,17 +338,20 @@ class KoalaM(_Koala):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        options = options_among(locals())
-        for name in ("initial_variance", "initial_velocity_variance", "velocity_noise"):
+        super().__init__(params, options_among(locals()), process_group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        for name in ("initial_velocity_variance", "velocity_noise"):
             check_number(name, options[name])
-        check_number("momentum", momentum, high=1.0)
-        check_number("initial_covariance", initial_covariance, low=-sys.float_info.max)
-        if initial_covariance**2 > initial_variance * initial_velocity_variance:
+        check_number("momentum", options["momentum"], high=1.0)
+        check_number("initial_covariance", options["initial_covariance"], low=-sys.float_info.max)
+        A, C, B = (options[f"initial_{name}"] for name in ("variance", "covariance", "velocity_variance"))
+        if C**2 > A * B:
             raise ValueError(
-                f"initial_covariance={initial_covariance} is impossible: its square must not exceed "
-                f"initial_variance * initial_velocity_variance = {initial_variance * initial_velocity_variance:g}"
+                f"initial_covariance={C} is impossible: its square must not exceed "
+                f"initial_variance * initial_velocity_variance = {A * B:g}"
             )
-        super().__init__(params, options, process_group)
 
     def _predict_covariance(self, state: MomentumFilter, q: Scalar) -> MomentumFilter:
         options = self.param_groups[0]

@@ -114,14 +114,6 @@ class KoalaPlusPlus(LossFilter):
         fused: bool | None = None,
     ) -> None:
         options = options_among(locals())
-        check_number("process_noise", process_noise)
-        check_bool("symmetric", symmetric)
-        check_bool("positive_semidefinite", positive_semidefinite)
-        if positive_semidefinite and not symmetric:
-            raise ValueError(
-                "positive_semidefinite=True is impossible with symmetric=False: a positive semidefinite covariance is "
-                "symmetric; leave symmetric=True"
-            )
         initial = {
             "process_noise": process_noise,
             "measurement_noise": initial_measurement_noise if measurement_noise is None else measurement_noise,
@@ -130,6 +122,17 @@ class KoalaPlusPlus(LossFilter):
             "negative_losses": 0.0,
         }
         super().__init__(params, options, initial, process_group)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        super()._check_options(options)
+        check_number("process_noise", options["process_noise"])
+        check_bool("symmetric", options["symmetric"])
+        check_bool("positive_semidefinite", options["positive_semidefinite"])
+        if options["positive_semidefinite"] and not options["symmetric"]:
+            raise ValueError(
+                "positive_semidefinite=True is impossible with symmetric=False: a positive semidefinite covariance is "
+                "symmetric; leave symmetric=True"
+            )
 
     def _initialise(self) -> None:
         for p in self._trained():
@@ -168,6 +171,8 @@ class KoalaPlusPlus(LossFilter):
         missing = state._replace(skipped_steps=state.skipped_steps + 1)
         if options["measurement_noise"] is None:
             R = beta * R + (1 - beta) * seen.squared_loss  # (22) of KOALA, used in the same step
+        else:
+            R = 0 * R + options["measurement_noise"]  # which may have changed; of the filter's kind and device
 
         # The first step of a tensor: as if the same gradient had been observed before, under P_0 = sigma_0^2 I.
         S_last = seen.Gv + Q_last * seen.GG + R_last

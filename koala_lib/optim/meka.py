@@ -19,6 +19,7 @@ from koala_lib import kalman
 from koala_lib.moments import METHODS, Along, observe, sample_moments
 from koala_lib.optim._engine.checks import check_bool, check_choice, check_number, check_problem, options_among
 from koala_lib.optim._engine.lists import dot, reading_is_free
+from koala_lib.optim._engine.passes import left_behind
 from koala_lib.optim._engine.sharded import is_sharded
 from koala_lib.optim.filter import Entries, ScalarFilter
 from koala_lib.step_size import RULES, PredictedChange
@@ -123,7 +124,7 @@ class Meka(ScalarFilter):
     A step whose loss, gradient or products are not finite is a missing observation: weights, filter and displacement
     stay, so that the next minibatch carries the gradient over; ``skipped_steps`` counts. Every group of
     parameters has its ``lr``; ``step_size`` and the other options belong to all and may be changed between steps (all
-    groups alike). State per parameter: the filtered gradient and the last displacement.
+    groups alike), but for ``prior_variance``. State per parameter: the filtered gradient and the last displacement.
 
     Example, the losses (x - t)^2 / 2 of the two samples t = 0, 2 at x = 5: y = 8.5, g = 4, and m = g but for the prior.
 
@@ -161,6 +162,7 @@ class Meka(ScalarFilter):
         "curvature_average_weight",
         "skipped_steps",
     )
+    fixed = ("prior_variance",)
     traced = ("step_size", "model_error", "value_variance")  # entries whose means describe a run
     _hidden = filter_entries[filter_entries.index("displacement_variance") :]
     _of_rules = ("slope", "curvature", "step_size_optimum")
@@ -183,19 +185,21 @@ class Meka(ScalarFilter):
     ) -> None:
         options = options_among(locals())
         check_problem(type(self).__name__, model, loss_fn)
-        check_choice("step_size", step_size, ("constant", *RULES))
-        check_choice("direction", direction, ("gradient", "adam"))
-        check_number("smoothing", smoothing, high=1.0)
-        check_number("max_step_size", max_step_size, open_low=True)
-        check_choice("moments", moments, METHODS)
-        check_number("prior_variance", prior_variance, open_low=True)
-        check_choice("variances", variances, VARIANCES)
-        check_bool("third_order", third_order)
-        check_number("curvature_smoothing", curvature_smoothing, high=1.0)
         self.model, self.loss_fn = model, loss_fn
         initial = dict.fromkeys(self.filter_entries, 0.0)
         initial |= {"variance": prior_variance, "value_variance": prior_variance}
         super().__init__((p for p in model.parameters() if p.requires_grad), options, initial)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        check_choice("step_size", options["step_size"], ("constant", *RULES))
+        check_choice("direction", options["direction"], ("gradient", "adam"))
+        check_number("smoothing", options["smoothing"], high=1.0)
+        check_number("max_step_size", options["max_step_size"], open_low=True)
+        check_choice("moments", options["moments"], METHODS)
+        check_number("prior_variance", options["prior_variance"], open_low=True)
+        check_choice("variances", options["variances"], VARIANCES)
+        check_bool("third_order", options["third_order"])
+        check_number("curvature_smoothing", options["curvature_smoothing"], high=1.0)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -212,10 +216,12 @@ class Meka(ScalarFilter):
 
         Raises:
             ValueError: if there are fewer than two samples, or ``loss_fn`` does not return one loss for each.
-            TypeError: if either is no tensor, as in ``step(closure)``.
+            TypeError: if either is no tensor, as in ``step(closure)``. Both also for options that were changed in a
+                param group, as :meth:`KoalaV.predict` has them.
         """
         if targets is None:
             raise TypeError(f"{type(self).__name__} runs forward and backward itself: call step(inputs, targets)")
+        self._check_changes()
         named = self._named_parameters()
         means, moves = ([self.state[p][name] for p in named.values()] for name in ("mean", "displacement"))
         observed = self._observe(inputs, targets, named, moves)
@@ -416,6 +422,7 @@ class Meka(ScalarFilter):
         for name, p in self.model.named_parameters():
             if p.requires_grad and p in ours:
                 named[name] = p
+                self.state[p].update({key: t.to(p) for key, t in left_behind(p, self.state[p]).items()})
                 if "mean" not in self.state[p]:
                     for key in ("mean", "displacement"):
                         self.state[p][key] = torch.zeros_like(p, memory_format=torch.preserve_format)

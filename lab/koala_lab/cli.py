@@ -191,7 +191,7 @@ def run(
     raise typer.Exit(1 if broken else FAILED if failed else 0)
 
 
-def _check_device(device: str, *, here: bool = True) -> None:
+def _check_device(device: str, *, here: bool = True, option: str = "--device ") -> None:
     """Raise for a name of no device, or for one that this machine lacks where it is to be used ``here``."""
     import torch
 
@@ -203,7 +203,7 @@ def _check_device(device: str, *, here: bool = True) -> None:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here ({reason}); --device cpu always can") from error
+        raise ValueError(f"{option}{device} cannot be used here ({reason}); {option}cpu always can") from error
 
 
 def _free_first(todo: list[RunConfig], store: Store) -> Iterator[RunConfig]:
@@ -267,6 +267,8 @@ def notebook(
     file = _notebook_file(path)
     if (output is None) != in_place:
         raise ValueError("say where the executed notebook goes: -o OUTPUT.ipynb, or --in-place")
+    if output is not None and output.is_dir():
+        raise ValueError(f"-o {output} is a folder: name a file in it that ends in .ipynb")
     if output is not None and output.suffix != ".ipynb":
         raise ValueError(f"-o {output}: expected a name that ends in .ipynb")
     pairs = [_pair(text) for text in parameter or []]
@@ -275,6 +277,8 @@ def notebook(
         twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
         raise ValueError(f"-p {twice} is given twice")
     values = execute.parameters(file, preset, given)
+    if "device" in given:
+        _check_device(values["device"], option="-p device=")
     target = (output or file).resolve()
     try:
         execute.execute(file, target, values)

@@ -54,10 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
     Raises:
-        ValueError: If it is no JSON, or no mapping; the message names the file.
+        ValueError: If it is no JSON, or no mapping, or cannot be read; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:  # such as a file that another user keeps to himself
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(content, dict):

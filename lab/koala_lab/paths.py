@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-ROOT = Path(os.environ.get("KOALA_ROOT", Path(__file__).resolve().parents[2]))
+ROOT = Path(os.environ.get("KOALA_ROOT") or Path(__file__).resolve().parents[2]).expanduser().resolve()
 
 FOLDERS = ("KOALA_RUNS", "KOALA_REPORT", "KOALA_FIGURES", "KOALA_RESULTS", "KOALA_DATA")  # variables that name some
 
@@ -35,7 +35,7 @@ def _folder(variable: str, *default: str) -> Path:
 
 def settle() -> None:
     """Make the environment's relative paths absolute, before kernels that run in other folders inherit them."""
-    for variable in FOLDERS:
+    for variable in ("KOALA_ROOT", *FOLDERS):
         if given := os.environ.get(variable):
             parts = [str(Path(p).expanduser().resolve()) for p in given.split(os.pathsep) if p]
             os.environ[variable] = os.pathsep.join(parts)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -182,6 +185,36 @@ def test_plain_papermill_fails_in_the_start_cell(project: Project, given: dict[s
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(path, out, given, kernel_name="python3", progress_bar=False)
     assert message in str(caught.value)
+
+
+def test_a_notebook_needs_no_screen_and_keeps_its_assertions(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: a backend of windows in a profile, or -O."""
+    monkeypatch.setenv("MPLBACKEND", "TkAgg")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    path = project.notebook("koala/20_tiny", "import matplotlib.pyplot as plt\nfigure = plt.figure()", "assert False")
+    with pytest.raises(execute.NotebookFailed, match=r"cell \[4\] 'assert False' failed with AssertionError"):
+        execute.execute(path, project.root / "x.ipynb", {})
+
+
+@pytest.mark.parametrize("room", [100, 4000])
+def test_a_disk_that_is_full_for_an_output_leaves_what_is_there(project: Project, room: int) -> None:
+    """As `koala notebook` meets it: no file may grow beyond ``room`` bytes."""
+    path, out = project.notebook("koala/20_tiny", "print('x' * 5000)"), project.root / "out.ipynb"
+    out.write_text("of the last time")
+
+    def full() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+    command = [sys.executable, "-m", "koala_lab.cli", "notebook", str(path), "-o", str(out)]
+    done = subprocess.run(command, preexec_fn=full, capture_output=True, text=True)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("koala: cannot write ")
+    assert line.endswith("out.ipynb is as it was; make room and start again")
+    assert out.read_text() == "of the last time"
+    assert [p.name for p in project.root.glob("*") if p.is_file()] == ["out.ipynb"]
 
 
 def test_a_kernel_that_does_not_start_is_tried_once_more(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,20 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 
 from koala_lab import claims, paths
 from koala_lab import notebook as nb
 from koala_lab.notebook import execute
 from koala_lab.parameters import resolve
-from koala_lib import reference
+from koala_lib import KoalaM, reference
 
 NOTEBOOKS = nb.all_notebooks()
 PRESETS = sorted(paths.presets().rglob("*.yaml"))
@@ -119,6 +121,40 @@ def test_nbval_has_something_to_compare(name: str) -> None:
     checked = [c for c in cells(name) if "nbval-check-output" in tags(c)]
     assert checked
     assert all(text_of(c).strip() for c in checked), "a checked cell prints nothing"
+
+
+def test_the_hooks_of_the_recipe_for_frameworks_act_on_training_only() -> None:
+    """Section 6 of 02: no evaluation moves a weight, nor an averaged copy, to which hooks are copied."""
+    [source] = [c.source for c in cells("02_going_further") if "register_forward_pre_hook" in c.source]
+    recipe = source.split("framework(model, optimizer, loss)\nprint")[0]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    toy = SimpleNamespace(make_model=lambda: model, batch=None, STEPS=0)
+    names: dict[str, Any] = {"toy": toy, "torch": torch, "KoalaM": KoalaM}
+    exec(recipe, names)
+    optimizer, x, y = names["optimizer"], torch.randn(8, 3), torch.randn(8)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        names["loss"](model(x), y).backward()
+        optimizer.step()
+
+    def weights() -> list[Any]:
+        return [p.detach().clone() for p in model.parameters()]
+
+    for _ in range(2):
+        train()
+    before = weights()
+    names["loss"](model.eval()(x), y)  # with gradients: it forgets no_grad
+    with torch.no_grad():
+        names["loss"](model.train()(x), y)  # it forgets eval
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    torch.optim.swa_utils.update_bn([x], averaged)
+    with torch.no_grad():
+        names["loss"](averaged.train()(x), y)
+    assert all(map(torch.equal, weights(), before))
+    train()
+    assert not any(map(torch.equal, weights()[:1], before))
 
 
 def test_mekas_algorithm_stands_beside_lines_of_the_reference() -> None:

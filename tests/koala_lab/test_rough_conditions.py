@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from koala_lab import claims, data, paths, report, runs
 from koala_lab import notebook as nb
 from koala_lab.bench import steps
 from koala_lab.claims import Verdict
+from koala_lab.claims.references import Reference
 from koala_lab.cli import app
 from koala_lab.config import RunConfig
 from koala_lab.files import read_yaml
 from koala_lab.parameters import declared, resolve
 from koala_lab.report import shown
+from koala_lab.runs import references
+from koala_lab.runs.provenance import provenance
 from koala_lab.runs.training import RunResult
 
 
@@ -138,6 +143,7 @@ CHANGES: list[tuple[list[str | int], Any]] = [
     (["provenance", "data"], "x"),
     (["provenance", "seconds"], "x"),
     (["key"], 5),
+    (["key"], "0123456789abcdef"),  # a whole record, of another run
 ]
 
 
@@ -204,6 +210,32 @@ def test_a_damaged_notebook_is_named_and_takes_no_other_down(elsewhere: Path, mo
     assert "26_sdlbfgs" in page
 
 
+# ---- verdicts of another processor
+
+
+def test_the_report_lists_verdicts_that_differ_from_the_committed_ones(elsewhere: Path) -> None:
+    here, same, *_ = (c for c in claims.load("koala").values() if "quick" in c.judge)
+    claims.write_verdicts([verdict(here.id, status="contradicted"), verdict(same.id)], report.committed())
+    claims.save([verdict(here.id), verdict(same.id)], here.notebook)
+    line = f"{here.id} at quick: reproduced here, contradicted there"
+    assert report.differences() == [line]
+    report.assemble(elsewhere / "sources", elsewhere / "extra")
+    assert line in (elsewhere / "sources" / "index.md").read_text(encoding="utf-8")
+    assert koala("report", "--compare", str(elsewhere / "report" / "verdicts")) == (0, "")
+    code, output = koala("report", "--compare", str(elsewhere / "nowhere"))
+    assert (code, len(output.strip().splitlines())) == (2, 1)
+    assert "nowhere is no folder of verdicts" in output
+
+
+def test_what_is_measured_names_the_processor_and_its_kernels(elsewhere: Path) -> None:
+    """As runs and benchmarks do: the same key has other digits on another processor."""
+    config = RunConfig(dataset="digits", model="mlp_100", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+    references.store([config], lambda _: None)
+    [entry] = json.loads((paths.results_dir() / "references.json").read_text())["references"].values()
+    assert entry["provenance"] == provenance("cpu")
+    assert entry["provenance"]["kernels"]
+
+
 # ---- stray notebooks, stores of others
 
 
@@ -245,6 +277,40 @@ def test_relative_paths_of_the_environment_are_settled_once(tmp_path: Path, monk
     assert paths.data_dirs()[:2] == [tmp_path / "one", tmp_path / "two"]
 
 
+def test_a_record_that_somebody_keeps_to_himself_stays_and_takes_nothing_down(elsewhere: Path) -> None:
+    file = runs.Store().root / "key" / "run.json"
+    file.mkdir(parents=True)  # it cannot be read either
+    with pytest.warns(UserWarning, match=r"run.json cannot be read: Is a directory; it counts as a run without"):
+        assert runs.Store().get("key") is None
+    assert file.exists()
+
+
+def test_two_that_measure_at_once_keep_what_both_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(dataset="digits", model="mlp_100", optimizer="sgd", optimizer_args={"lr": 0.1}, epochs=1)
+    configs = [config, config.but(train_size=100)]
+
+    def measure(asked: RunConfig) -> Reference:
+        if asked is configs[0]:  # meanwhile another process measures the other one
+            references.store(configs[1:], lambda _: None)
+        return Reference("test_error", 5.0, "toy")
+
+    monkeypatch.setattr(references, "measure", measure)
+    references.store(configs[:1], lambda _: None)
+    found = json.loads((paths.results_dir() / "references.json").read_text())["references"]
+    assert set(found) == {references.key_of(c) for c in configs}
+
+    monkeypatch.setattr(steps, "_show", lambda *_: None)
+    steps.keep("one", lambda: steps.keep("other", lambda: [], "cpu") or [], "cpu")
+    assert set(steps.stored()) == {"one", "other"}
+
+
+def test_a_relative_root_is_settled_for_kernels(tmp_path: Path) -> None:
+    script = "import os; from koala_lab import paths; paths.settle(); print(paths.ROOT, os.environ['KOALA_ROOT'])"
+    environment = os.environ | {"KOALA_ROOT": "a checkout"}
+    shown = subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, env=environment, text=True)
+    assert shown.strip() == f"{tmp_path / 'a checkout'} {tmp_path / 'a checkout'}"
+
+
 # ---- arguments
 
 
@@ -257,6 +323,8 @@ def test_relative_paths_of_the_environment_are_settled_once(tmp_path: Path, monk
         (("run", "--device", "meta"), "--device meta cannot be used here (meta is neither cpu nor cuda)"),
         (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", "seed=-1"), "seed: expected a whole number >= 0"),
         (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", f"seed={2**32}"), "below 2^32, got 4294967296"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "x.ipynb", "-p", "device=foo"), "-p device=foo cannot be used here"),
+        (("notebook", "apollo/26_sdlbfgs", "-o", "."), "-o . is a folder: name a file in it"),
         (("run", "--time-budget", "nan"), "--time-budget nan: expected a number of seconds above 0"),
         (("run", "--time-budget", "-1"), "--time-budget -1.0: expected"),
         (

@@ -436,6 +436,23 @@ def test_provenance_outside_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path
         provenance._commit.cache_clear()
 
 
+def test_provenance_inside_a_foreign_repository_is_not_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "of others"], check=True)
+    (tmp_path / "unpacked").mkdir()
+    found = {}
+    for folder in (tmp_path, tmp_path / "unpacked"):
+        monkeypatch.setattr(provenance.paths, "ROOT", folder)
+        provenance._commit.cache_clear()
+        found[folder.name] = provenance.provenance("cpu")["commit"]
+    provenance._commit.cache_clear()
+    assert len(found[tmp_path.name]) == 12
+    assert found["unpacked"] == ""
+
+
 def test_provenance_names_the_processor_and_the_kernels_that_run_on_it() -> None:
     here = train.train(QUICK.but(epochs=1)).provenance
     assert here["device"] == f"cpu ({provenance.device_name('cpu')})"

@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -566,6 +567,59 @@ def test_every_argument_changes_the_weights(key: str) -> None:
     base, steps = ({"step_size": "ei"}, 12) if key == "max_step_size" else ({}, 5)
     assert float((run(**{key: CHANGES[key]}) - run()).abs().max()) > 1e-6
     assert torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_parameters_are_added_after_a_copy_as_before_it(again: Callable[[Any], Any]) -> None:
+    ends = []
+    for way in (lambda o: o, again):
+        net = Net()
+        net.weight.requires_grad_(False)
+        optimizer = way(Meka(net, squared, 0.3))
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.model.weight.requires_grad_(True)
+        optimizer.add_param_group({"params": [optimizer.model.weight], "lr": 0.1})
+        ends.append(advance(optimizer.model, optimizer, range(3)))
+    assert torch.equal(*ends)
+
+
+def test_a_network_that_is_converted_takes_the_state_along() -> None:
+    net, other = Net(), Net(torch.float32)
+    optimizer, expected = Meka(net, squared, 0.3), Meka(other, squared, 0.3)
+    advance(net, optimizer, range(2))
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(net.state_dict())
+    net.to(torch.float32)
+    ends = [advance(n, o, range(2, 4), torch.float32) for n, o in ((net, optimizer), (other, expected))]
+    assert torch.equal(*ends)
+    assert {t.dtype for t in optimizer.state[net.weight].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_an_option_changed_in_the_groups_acts_or_is_refused(key: str) -> None:
+    def run(*, change: bool) -> Tensor:
+        net = Net()
+        optimizer = Meka(net, squared, **{"max_step_size": 0.1, **base})
+        advance(net, optimizer, range(2))
+        if change:
+            optimizer.param_groups[0][key] = CHANGES[key]
+        if change and key == "prior_variance":
+            message = "prior_variance was changed from 10000.0 to 0.01 in a param group, but Meka reads it in the cons"
+            with pytest.raises(ValueError, match=message):
+                advance(net, optimizer, [2])
+            optimizer.param_groups[0][key] = 1e4
+        return advance(net, optimizer, range(2, steps))
+
+    base, steps = ({"step_size": "ei"}, 12) if key == "max_step_size" else ({}, 5)
+    assert torch.equal(run(change=True), run(change=False)) == (key == "prior_variance")
+
+
+def test_an_option_changed_to_nonsense_is_refused() -> None:
+    net = Net()
+    optimizer = Meka(net, squared)
+    optimizer.param_groups[0]["smoothing"] = 1.0
+    with pytest.raises(ValueError, match="smoothing must be a finite number >= 0 and < 1, got 1"):
+        advance(net, optimizer, [0])
 
 
 @pytest.mark.parametrize("moments", ["vmap", "structured"])

@@ -19,6 +19,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from koala_lib import Apollo, KoalaM, KoalaPlusPlus, KoalaV
 from tests.support.cases import (
+    CASES,
     Case,
     Net,
     advance,
@@ -107,6 +108,183 @@ def test_group_dictionaries_can_be_used_again(case: Case) -> None:
                 if not isinstance(start[name], Tensor)
                 else torch.equal(state[name], start[name])
             ), name
+
+
+# ---- options that somebody changes in the param groups, as schedulers change lr
+
+CHANGES: dict[str, list[Any]] = {
+    "lr": [0.3],
+    "weight_decay": [0.1],
+    "initial_variance": [0.3],
+    "initial_velocity_variance": [0.3],
+    "initial_covariance": [0.05],
+    "initial_measurement_noise": [2.0],
+    "process_noise": [0.3, None],
+    "measurement_noise": [0.3, None],
+    "noise_decay": [0.5],
+    "target_risk": ["absolute", "relative"],
+    "blocks": ["global", "tensor"],
+    "formulas": ["released", "paper"],
+    "min_grad_norm": [1e9],
+    "momentum": [0.5],
+    "velocity_noise": [0.1],
+    "symmetric": [False, True],
+    "positive_semidefinite": [True, False],
+    "beta": [0.5],
+    "eps": [0.1],
+    "sigma": [0.3],
+    "warmup_steps": [9],
+    "warmup_init_lr": [0.2],
+    "decoupled_weight_decay": [True, False],
+    "eps_scaling": ["literal", "released"],
+    "maximize": [True],
+}
+PLACES = {"foreach", "fused", "differentiable"}  # these choose where the same numbers are computed
+ACTS_WITH: dict[Any, dict[str, Any]] = {  # what an option needs to make a difference, or to be legal
+    "noise_decay": {"measurement_noise": None},
+    (KoalaV, "formulas"): {"process_noise": 0.1, "weight_decay": 0.1},
+    (KoalaM, "formulas"): {"process_noise": None},
+    "symmetric": {"positive_semidefinite": False},
+    "positive_semidefinite": {"symmetric": True},
+    "eps": {"sigma": 0.3},
+    "eps_scaling": {"sigma": 0.3},
+    "decoupled_weight_decay": {"weight_decay": 0.1},
+}
+
+
+def in_which_it_acts(case: Case, name: str, net: Net) -> Any:
+    return case(two_halves(net), **ACTS_WITH.get((case.factory, name), ACTS_WITH.get(name, {})))
+
+
+def two_halves(net: Net) -> list[dict[str, Any]]:
+    return [{"params": [net.weight, net.bias]}, {"params": [net.out, net.scale, net.empty]}]
+
+
+CHANGED = [
+    (case, name, value)
+    for case in CASES
+    for name in case(Net().parameters()).defaults
+    if name not in PLACES
+    for value in CHANGES[name]
+    if in_which_it_acts(case, name, Net()).defaults[name] != value
+    if value is not None or name == "measurement_noise" or case.factory is KoalaM  # else there is no estimate
+]
+
+
+@pytest.mark.parametrize(("case", "name", "value"), CHANGED, ids=str)
+def test_an_option_changed_in_the_groups_acts_or_is_refused(case: Case, name: str, value: Any) -> None:
+    def run(*, change: bool) -> tuple[Tensor, Tensor]:
+        net = Net()
+        optimizer = in_which_it_acts(case, name, net)
+        advance(net, optimizer, range(2))
+        before = weights(net)
+        for group in optimizer.param_groups if change else ():
+            group[name] = value
+        if change and name.startswith("initial_"):
+            with pytest.raises(ValueError, match=f"{name} was changed from .* reads it in the constructor only") as e:
+                advance(net, optimizer, [2])
+            assert "\n" not in str(e.value)
+            assert torch.equal(weights(net), before)
+            for group in optimizer.param_groups:
+                group[name] = optimizer.defaults[name]
+        advance(net, optimizer, range(2, 5))
+        return before, weights(net)
+
+    (start, plain), (same, changed) = run(change=False), run(change=True)
+    assert torch.equal(start, same)
+    assert torch.equal(plain, changed) == name.startswith("initial_")
+
+
+@each_case
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, "0.1", None, True])
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_rate_that_is_none_is_refused_and_moves_nothing(case: Case, name: str, value: Any) -> None:
+    """As of a schedule that divides by zero."""
+    net = Net()
+    optimizer = case(two_halves(net))
+    advance(net, optimizer, range(2))
+    before = snapshot(net, optimizer)
+    old, optimizer.param_groups[1][name] = optimizer.param_groups[1][name], value
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must be a .*number"):
+        advance(net, optimizer, [2])
+    optimizer.param_groups[1][name] = old
+    assert_same(snapshot(net, optimizer), before)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_network_that_is_converted_takes_the_state_along(case: Case, dtype: torch.dtype) -> None:
+    """As ``model.to(dtype)`` or ``model.to(device)`` after some steps, which know nothing of the optimizer."""
+    net, optimizer = trained(case, 2)
+    other = Net(dtype)
+    expected = case(other.parameters())
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state_dict(net.state_dict())
+    net.to(dtype)
+    advance(net, optimizer, range(2, 4))
+    advance(other, expected, range(2, 4))
+    assert_same(snapshot(net, optimizer), snapshot(other, expected))
+
+
+@each_filter
+def test_predict_in_inference_mode_is_refused(case: Case) -> None:
+    """As from an unguarded hook in a framework's validation, before the first step even."""
+    net = Net()
+    optimizer = case(net.parameters())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inference_mode.*where torch.is_grad_enabled\(\)"):
+        optimizer.predict()
+    advance(net, optimizer, [0])
+
+
+@each_filter
+def test_an_option_changed_in_one_group_or_to_nonsense_is_refused(case: Case) -> None:
+    net = Net()
+    optimizer = case(two_halves(net))
+    advance(net, optimizer, range(2))
+    before = weights(net)
+    for groups, value, message in (
+        ([1], 0.5, "noise_decay=0.5 in a param group: Koala.* all of them have the same noise_decay .here 0.9"),
+        ([0, 1], 1.5, "noise_decay must be a finite number >= 0 and < 1, got 1.5"),
+    ):
+        for i in groups:
+            optimizer.param_groups[i]["noise_decay"] = value
+        with pytest.raises(ValueError, match=message):
+            advance(net, optimizer, [2])
+        assert torch.equal(weights(net), before)
+        for group in optimizer.param_groups:
+            group["noise_decay"] = 0.9
+    advance(net, optimizer, [2])
+    assert not torch.equal(weights(net), before)
+
+
+def test_a_changed_noise_is_the_one_in_the_filter() -> None:
+    """By hand: P^ = P + Q, and R is the new one."""
+    x = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = KoalaV([x], measurement_noise=1.0)
+    optimizer.param_groups[0].update(process_noise=3.0, measurement_noise=2.0)
+    optimizer.predict()
+    assert optimizer.filter_state()["variance"] == pytest.approx(0.1 + 3.0)
+    loss = (x**2 / 2).sum()
+    loss.backward()
+    optimizer.step(loss=loss)
+    assert x.item() == pytest.approx(2 - 3.1 * 2 / (3.1 * 4 + 2) * 2)
+    assert optimizer.filter_state() == pytest.approx(
+        {"variance": 2 / (3.1 * 4 + 2) * 3.1, "process_noise": 3.0, "measurement_noise": 2.0}
+    )
+
+
+def test_apollo_forgets_a_direction_that_is_no_longer_kept() -> None:
+    net = Net()
+    optimizer = Apollo(net.parameters(), lr=0.5, sigma=1.0, weight_decay=0.02, decoupled_weight_decay=True)
+    for k, decoupled in enumerate((True, False, True)):
+        optimizer.param_groups[0]["decoupled_weight_decay"] = decoupled
+        if k == 2:
+            expected = [(s["mean"] / s["curvature"].abs().clamp(min=1.0)) for s in optimizer.state.values()]
+            optimizer._initialise()
+            for state, d in zip(optimizer.state.values(), expected, strict=True):
+                assert torch.equal(state["direction"], d)
+        advance(net, optimizer, [k])
+        assert ("direction" in optimizer.state[net.weight]) == decoupled
 
 
 # ---- states that do not fit

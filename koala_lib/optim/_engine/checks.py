@@ -141,6 +141,14 @@ class CheckedOptimizer(torch.optim.Optimizer):
             if isinstance(group[name], Real) and not isinstance(group[name], bool):
                 group[name] = int(group[name]) if name in self.whole_numbers else float(group[name])
 
+    def _check_rates(self) -> None:
+        """Refuse rates that somebody, such as a schedule that divides by zero, wrote into the groups."""
+        for group in self.param_groups:
+            for name in ("lr", "weight_decay"):
+                value = group.get(name, 0.0)
+                if not (type(value) is float and 0.0 <= value < math.inf) and not isinstance(value, Tensor):
+                    check_number(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict, unpickling and deepcopy end here: what does not fit is refused before anything has changed
         name = type(self).__name__

@@ -158,6 +158,11 @@ def subtract_quotients(
         add(tensors, torch._foreach_div(wide(numerators), denominators), rates, sign=-1, spread=spread)
 
 
+def left_behind(p: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is kept for a parameter in another dtype or place: ``model.to()`` moves the weights alone."""
+    return {name: t for name, t in kept.items() if name != "step" and (t.dtype, t.device) != (p.dtype, p.device)}
+
+
 # ---- buckets --------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +235,10 @@ class Passes:
                     state = {name: [of_p[name] for of_p in states] for name in kept}
                 except KeyError:  # of a new parameter
                     optimizer._initialise()
+                    state = {name: [of_p[name] for of_p in states] for name in kept}
+                if kept and left_behind(together[0], states[0]):
+                    for of_p, p in zip(states, together, strict=True):
+                        of_p.update({name: t.to(p) for name, t in left_behind(p, of_p).items()})
                     state = {name: [of_p[name] for of_p in states] for name in kept}
                 shards, grads = together, [p.grad for p in together if p.grad is not None] if with_gradient else []
                 if self.sharded:

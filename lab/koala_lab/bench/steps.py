@@ -28,6 +28,7 @@ from koala_lab.bench.traffic import Factory, image_network, memory, peak, step, 
 from koala_lab.config import RunConfig
 from koala_lab.files import read_json, write_json
 from koala_lab.runs.provenance import device_name, versions
+from koala_lab.runs.store import locked
 from koala_lab.runs.training import TrainingRun
 from koala_lib.optim import Apollo, KoalaM, KoalaV
 
@@ -298,10 +299,12 @@ def main(device: str = "cpu", *, whole: bool = False, meka: bool = False) -> Non
 
 def keep(section: str, measured: Callable[[], list[Row]], device: str) -> None:
     """Measure one section, put it into the committed results and print it."""
-    origin, content = provenance(device), _content()  # a damaged file is told before the measurement
+    origin, _ = provenance(device), _content()  # a damaged file is told before the measurement
     rows = measured()
-    content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
-    write_json(file(), content)
+    with locked("bench"):
+        content = _content()  # somebody else may have measured another section meanwhile
+        content.setdefault(device.partition(":")[0], {})[section] = {"provenance": origin, "rows": rows}
+        write_json(file(), content)
     print(f"\n{section}: {origin['device']}, {origin['threads']} thread(s), load {origin['load']}")
     _show(section, rows)
 

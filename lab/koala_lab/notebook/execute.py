@@ -129,6 +129,8 @@ def execute(path: Path, output: Path, values: Mapping[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = output.with_name(f"{output.stem}.failed.ipynb")
     environment = {"KOALA_BATCH": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # A backend of windows needs a screen, and a kernel that optimises leaves assertions out.
+    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONOPTIMIZE": ""}
     os.environ.update(environment)  # the kernel inherits it
     for attempt in (1, 2):
         try:

@@ -40,7 +40,7 @@ def build() -> Path:
         if code := build_main([*options, str(sources), str(made)]):
             raise RuntimeError(f"Sphinx cannot make the site of {site}: it ended with {code}; see its messages above")
         for page in (page for pattern in _PAGES for page in site.glob(pattern)):
-            page.unlink()  # some are of notebooks that are no more
+            page.unlink(missing_ok=True)  # some are of notebooks that are no more
         for folder in ("_images", "_downloads", "_static"):
             shutil.rmtree(site / folder, ignore_errors=True)
         shutil.copytree(made, site, dirs_exist_ok=True)

@@ -62,11 +62,15 @@ def versions() -> dict[str, str]:
 @cache
 def _commit() -> str:
     """Return the commit of the working tree, with ``+`` if the code was changed; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        call = ["git", "-C", str(paths.ROOT), *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(paths.ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "koala_lib", "lab"]
-        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != paths.ROOT.resolve():
+            return ""  # files of a tarball, unpacked inside somebody's repository
+        dirty = git("status", "--porcelain", "koala_lib", "lab")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +12,8 @@ from koala_lab.claims import references
 from koala_lab.claims.references import Reference
 from koala_lab.config import RunConfig
 from koala_lab.files import write_json
+from koala_lab.runs.provenance import provenance
+from koala_lab.runs.store import locked
 
 
 def key_of(config: RunConfig) -> str:
@@ -88,7 +89,8 @@ def store(configs: Iterable[RunConfig], say: Callable[[str], Any] = print) -> No
         if key in entries:
             continue
         found = measure(config)
-        where = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        entries[key] = found._asdict() | {"value": float(f"{found.value:.6g}"), "provenance": where}
+        value = float(f"{found.value:.6g}")
+        entries[key] = found._asdict() | {"value": value, "provenance": provenance("cpu")}
         say(f"{key}: {found.model} has {found.metric} {found.value:.4g}")
-        write_json(path, {"references": dict(sorted(entries.items()))})
+        with locked("references"):  # somebody else may have measured others meanwhile
+            write_json(path, {"references": dict(sorted((references.entries() | {key: entries[key]}).items()))})

@@ -44,7 +44,10 @@ class Store:
                     raise ValueError(f"it is run {result.key}")
                 return result
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                set_aside(path, error, "the run will be repeated")
+                if isinstance(error.__cause__, OSError):  # somebody else's, who can read it
+                    warn(f"{error}; it counts as a run without a result", stacklevel=2)
+                else:
+                    set_aside(path, error, "the run will be repeated")
         if self._committed is None:
             self._committed = {r.key: r for r in _all_committed()}
         return self._committed.get(key)
@@ -171,14 +174,19 @@ def _all_committed() -> Iterator[RunResult]:
             warn(str(error), stacklevel=3)
 
 
+def locked(what: str) -> FileLock:
+    """Return a lock for a committed file that several processes read, change and write."""
+    paths.runs_dir().mkdir(parents=True, exist_ok=True)
+    return FileLock(paths.runs_dir() / f"{what}.lock", mode=SHARED)
+
+
 def merge_results(file: Path, grid: Iterable[RunConfig], results: Iterable[RunResult]) -> None:
     """Bring a committed file up to date: the finished runs of a grid, in its order; one writer at a time.
 
     Runs that the grid no longer has (an older algorithm, another setting) go, or a table would show them twice. Runs of
     the grid on another copy of the data stay, with the tag that says so.
     """
-    paths.runs_dir().mkdir(parents=True, exist_ok=True)
-    with FileLock(paths.runs_dir() / "merge.lock", mode=SHARED):
+    with locked("merge"):
         old = read_results(file)
         have = {r.key: r for r in [*old, *results]}
         configs = {c.key: c for c in grid}

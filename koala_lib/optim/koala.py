@@ -18,7 +18,7 @@ from torch import Tensor
 
 from koala_lib import kalman
 from koala_lib.optim._engine.checks import check_choice, check_number, options_among
-from koala_lib.optim._engine.passes import KoalaPasses, Scalar, scalars
+from koala_lib.optim._engine.passes import KoalaPasses, Scalar, like, scalars
 from koala_lib.optim.filter import Losses, LossFilter
 
 __all__ = ["KoalaM", "KoalaV"]
@@ -89,7 +89,7 @@ class _Koala(LossFilter):
         adaptive, released = options["process_noise"] is None, options["formulas"] == "released"
         beta, q = options["noise_decay"], state.process_noise
         if not adaptive:
-            q = 0 * q + options["process_noise"]  # which may have changed; of the filter's kind and device
+            q = like(q, options["process_noise"])  # which may have changed
         if self.has_velocity or adaptive:
             kept = ["velocity"] * self.has_velocity + ["average"] * adaptive
             passes = KoalaPasses(self, kept, with_gradient=False, process_group=self._process_group)
@@ -129,11 +129,11 @@ class _Koala(LossFilter):
         if options["measurement_noise"] is None:  # against target 0, used in the same step (released rows 4, 5)
             R = beta * R + (1 - beta) * seen.squared_loss  # (22)
         else:
-            R = 0 * R + options["measurement_noise"]
+            R = like(R, options["measurement_noise"])
 
         # A step is skipped if the gradient is too small, or loss or gradient are not finite; or if no S_i > 0: neither
         # the loss nor the weights are uncertain, so there is nothing to learn.
-        observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm < math.inf) & (seen.squared_loss < math.inf)
+        observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm + seen.squared_loss < math.inf)
         observed = observed & (A * seen.largest + R > 0)
         if observed is False:
             self._write(missing)

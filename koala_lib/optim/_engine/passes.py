@@ -44,6 +44,11 @@ def scalars(values: Tensor) -> Any:
     return values if torch.compiler.is_compiling() or not reading_is_free(values.device) else values.tolist()
 
 
+def like(scalar: Scalar, value: float) -> Scalar:
+    """Return a number as another scalar is: a number, or a tensor that is made where that one is."""
+    return torch.full_like(scalar, value) if isinstance(scalar, Tensor) else value
+
+
 # ---- parts of a pass: lists of tensors of one device and dtype ------------------------------------------------------
 
 

@@ -151,7 +151,8 @@ def gain_of(group: dict[str, Any]) -> float:
 # ---- the watch -------------------------------------------------------------------------------------------------------
 
 _PRODUCTS = len(Sample.NAMES) ** 2
-_NUMBERS = ("loss", "after", "variance", "gain", "probability", "P", "R")  # what a step may tell beside inner products
+_OF_MEKA = ("probability", "predicted", "predicted_variance", "value_variance")
+_NUMBERS = ("loss", "after", "variance", "gain", "P", "R", *_OF_MEKA)  # what a step may tell beside inner products
 _COLUMN = {name: _PRODUCTS + i for i, name in enumerate(_NUMBERS)}
 
 
@@ -179,7 +180,7 @@ class Watch:
         history: int,
     ) -> None:
         self.optimizer, self.window, self.level = optimizer, window, level
-        self._model, self._gain, self._rest, self._coordinates, self._history = model, gain, rest, coordinates, history
+        self.model, self._gain, self._rest, self._coordinates, self._history = model, gain, rest, coordinates, history
         self._steps = self._age = 0  # of the optimizer; since the filter began
         self._weight: list[float] = []  # per group, the sum of the weights of its average
         self._sample: Sample | None = None
@@ -230,7 +231,8 @@ class Watch:
         * ``promised``: decrease of the loss along the step, to first order, which is what KOALA-V's gains promise;
         * ``delivered``: decrease on the same minibatch (:meth:`after`); ``fresh``: from this minibatch to the next one;
         * ``loss``; ``loss_nis``: of KOALA's filter with target 0, L^2 / (P |g|^2 + R), on one block;
-        * ``probability``: of improvement, at the step MEKA took.
+        * ``probability``: of improvement (MEKA, eq. 12) at the step it took, there its filter's ``predicted`` decrease
+          of the loss, ``predicted_variance`` V and ``value_variance`` s, which V counts twice (eq. 11).
         """
         return self._table(self._meta)
 
@@ -380,16 +382,18 @@ class Watch:
         sample.gather(seen["gradients"], sample.vectors[2])
         sample.gather(seen["predictions"], innovation)
         torch.sub(sample.vectors[2], innovation, out=innovation).mul_(sample.scale)
+        told = {name: seen[name] for name in ("loss", "variance", "gain")}
         if "change" in seen:
-            seen["probability"] = improvement_probability(seen["change"], seen["step_size"])
-        told = {name: seen[name] for name in ("loss", "variance", "gain", "probability") if name in seen}
+            change, alpha = seen["change"], seen["step_size"]
+            told |= {"predicted": -change.mean(alpha), "predicted_variance": change.variance(alpha)}
+            told |= {"value_variance": change.value_variance, "probability": improvement_probability(change, alpha)}
         seen.clear()
         return told
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
 
     def _watched(self) -> list[Tensor]:
-        ours = set(self._model.parameters())
+        ours = set(self.model.parameters())
         return [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad and p in ours]
 
     def _begin(self, parameters: list[Tensor]) -> None:
@@ -499,7 +503,7 @@ def _row(about: _Meta, numbers: list[float], before: Row | None) -> Row:
         "delivered": told["loss"] - told["after"],
         "fresh": math.nan,
         "loss_nis": _ratio(told["loss"] ** 2, told["P"] * product(2, 2) + told["R"]),
-        "probability": told["probability"],
+        **{name: told[name] for name in _OF_MEKA},
         "_c0": c0,
         "_c1": c1,
         "_white": white if math.isfinite(c1) else math.nan,

@@ -332,14 +332,15 @@ class Watch:
         """Compare with the prediction, and write a row of numbers."""
         sample, told = self._sample, {}
         seen = optimizer._seen if isinstance(optimizer, Meka) else None
-        filtered = bool(seen)
+        filtered = dict(seen) if seen else None
         if sample is None or not (self._ready or filtered):
             return
         self._age += 1
         vectors = sample.vectors
         innovation, gradient, move = vectors[(self._age + 1) % 2], vectors[2], vectors[4]
         if filtered:
-            told = self._meka(seen, innovation)
+            told = self._meka(filtered, innovation)
+            optimizer._seen = {}  # type: ignore[attr-defined]
         gradient.mul_(sample.scale)
         torch.sub(gradient, sample.last, out=vectors[3])
         sample.last.copy_(gradient)
@@ -358,7 +359,7 @@ class Watch:
         self._loss = self._P = None
 
     def _average(self, innovation: Tensor) -> list[float]:
-        """Compare the gradient with the average of those before, corrected for its start as Adam's; add it. Return k."""
+        """Compare the gradient with the average of those before, corrected for its start as Adam's; return k."""
         sample = self._sample
         assert sample is not None
         torch.sub(sample.vectors[2], sample.mean, out=innovation)
@@ -387,7 +388,6 @@ class Watch:
             change, alpha = seen["change"], seen["step_size"]
             told |= {"predicted": -change.mean(alpha), "predicted_variance": change.variance(alpha)}
             told |= {"value_variance": change.value_variance, "probability": improvement_probability(change, alpha)}
-        seen.clear()
         return told
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
@@ -556,11 +556,11 @@ def watch(
         history: rows that are kept.
 
     Returns:
-        The watch; ``close`` it, or use it in a ``with`` block, to stop. It has no ``state_dict``: nothing of the training
-        depends on it, and after a resume it knows the same within a window.
+        The watch; ``close`` it, or use it in a ``with`` block, to stop. It has no ``state_dict``: nothing of the
+        training depends on it, and after a resume it knows the same within a window.
 
     Raises:
-        TypeError, ValueError: for something else than a model and an optimizer of its weights, or a number out of range.
+        TypeError, ValueError: for anything but a model and an optimizer of its weights, or a number out of range.
         RuntimeError: from the first step, for sparse gradients and for weights on several devices.
 
     >>> model = nn.Linear(2, 1)

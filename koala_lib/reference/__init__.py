@@ -7,5 +7,6 @@ from koala_lib.reference.meka import ReferenceMeka
 from koala_lib.reference.watch import reference_watch
 
 __all__ = [
-    "ReferenceApollo", "ReferenceKoalaM", "ReferenceKoalaPlusPlus", "ReferenceKoalaV", "ReferenceMeka", "reference_watch",
+    "ReferenceApollo", "ReferenceKoalaM", "ReferenceKoalaPlusPlus", "ReferenceKoalaV", "ReferenceMeka",
+    "reference_watch",
 ]  # fmt: skip

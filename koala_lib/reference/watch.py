@@ -8,7 +8,9 @@ from collections.abc import Sequence
 Vector = Sequence[float]
 
 
-def reference_watch(gradients: Sequence[Vector], moves: Sequence[Vector], gains: Sequence[float]) -> list[dict[str, float]]:
+def reference_watch(
+    gradients: Sequence[Vector], moves: Sequence[Vector], gains: Sequence[float]
+) -> list[dict[str, float]]:
     """Compare every gradient with the average of those before.
 
     Args:

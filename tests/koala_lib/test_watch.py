@@ -7,11 +7,13 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from koala_lab import models
@@ -74,7 +76,8 @@ def train(
             losses = loss_of(model, batch)
             losses.mean().backward()  # type: ignore[no-untyped-call]
             start = weights_of(model)
-            seen = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in model.parameters()])
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+            seen = torch.cat([g.flatten() for g in grads])
             return losses if isinstance(optimizer, KoalaV | KoalaM | KoalaPlusPlus) else losses.mean()
 
         if isinstance(optimizer, KoalaV | KoalaM | KoalaPlusPlus):
@@ -144,9 +147,10 @@ def test_meka_is_seen_by_its_own_filter() -> None:
     states = []
     for batch in minibatches(8):
         start = weights_of(model)
-        [g] = torch.autograd.functional.jacobian(lambda v: loss_at(model, v, batch), start)[None]
-        moved = torch.cat([optimizer.state[p].get("displacement", torch.zeros_like(p)).flatten() for p in model.parameters()])
-        b = torch.autograd.functional.hvp(lambda v: loss_at(model, v, batch), start, moved)[1]
+        g = torch.autograd.functional.jacobian(partial(loss_at, model, batch), start)  # type: ignore[no-untyped-call]
+        states_of = [optimizer.state[p].get("displacement", torch.zeros_like(p)) for p in model.parameters()]
+        moved = torch.cat([d.flatten() for d in states_of])
+        b = torch.autograd.functional.hvp(partial(loss_at, model, batch), start, moved)[1]  # type: ignore[no-untyped-call]
         optimizer.step(*batch)
         states.append(optimizer.filter_state())
         innovation = g - mean - b
@@ -159,10 +163,10 @@ def test_meka_is_seen_by_its_own_filter() -> None:
             assert row["nis"] == pytest.approx(float(innovation.square().mean()) / S, rel=1e-9)
         assert 0 < row["probability"] <= 1
         assert row["promised"] == pytest.approx(-float(g @ (weights_of(model) - start)), rel=1e-9)
-        assert row["loss"] == pytest.approx(float(loss_at(model, start, batch)), rel=1e-9)
+        assert row["loss"] == pytest.approx(float(loss_at(model, batch, start)), rel=1e-9)
 
 
-def loss_at(model: nn.Module, v: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss_at(model: nn.Module, batch: tuple[Tensor, Tensor], v: Tensor) -> Tensor:
     sizes = [p.numel() for p in model.parameters()]
     pieces = zip(model.named_parameters(), torch.split(v, sizes), strict=True)
     values = {name: part.view_as(p) for (name, p), part in pieces}
@@ -193,7 +197,7 @@ def test_a_given_gain_and_a_scheduled_one() -> None:
 
 def test_groups_with_momenta_of_their_own() -> None:
     model = network()
-    groups = [{"params": model[0].parameters(), "momentum": 0.6}, {"params": model[2].parameters()}]
+    groups: list[Any] = [{"params": model[0].parameters(), "momentum": 0.6}, {"params": model[2].parameters()}]
     optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9)
     watched = watch(model, optimizer, rest=0)
     gradients, moves = train(model, optimizer)
@@ -215,7 +219,7 @@ def test_a_part_of_the_model_frozen_weights_and_weights_that_join() -> None:
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD(model[0].parameters(), 0.05, momentum=0.8)
     watched, part = watch(model, optimizer, rest=0), watch(model[0], optimizer, rest=0)
-    n = model[0].weight.numel()
+    n = 6 * 5
     gradients, moves = train(model, optimizer, steps=6)
     same(watched.table(), reference_watch([g[:n] for g in gradients], [d[:n] for d in moves], [0.2] * 6))
     assert str(part.table()) == str(watched.table())
@@ -308,7 +312,7 @@ def test_what_is_not_finite_is_left_out() -> None:
 
     def each(k: int) -> None:
         if k == 5:
-            handles.append(model[0].weight.register_hook(lambda g: g * math.inf))
+            handles.append(next(model.parameters()).register_hook(lambda g: g * math.inf))  # type: ignore[no-untyped-call]
         if k == 6:
             handles[0].remove()
 
@@ -335,7 +339,7 @@ def draws(steps: int, seeds: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def drifting(gain: float, rate: float, minima: Tensor, noises: Tensor) -> Watch:
-    """Train on the noisy quadratic 1/2 |x - c_t|^2 whose minimum moves: the full gradient is a random walk if x rests."""
+    """Train on the noisy quadratic 1/2 |x - c_t|^2 whose minimum moves: the gradient is a random walk if x rests."""
     x = nn.ParameterList([torch.zeros(minima.shape[-1], dtype=torch.float64)])
     optimizer = torch.optim.SGD(x.parameters(), rate, momentum=1 - gain)
     watched = watch(x, optimizer, rest=0, window=len(minima))
@@ -433,7 +437,7 @@ def test_promised_and_delivered_and_fresh() -> None:
         after.append(float(again.detach().mean()))
     rows = watched.table()
     assert [row["delivered"] for row in rows] == pytest.approx([a - b for a, b in zip(losses, after, strict=True)])
-    assert [row["fresh"] for row in rows[:-1]] == pytest.approx([a - b for a, b in zip(losses, losses[1:], strict=False)])
+    assert [row["fresh"] for row in rows[:-1]] == pytest.approx([a - b for a, b in pairwise(losses)])
     assert watched.scalars()["delivered_share"] == pytest.approx(1, abs=1e-3)
 
 
@@ -469,7 +473,7 @@ def test_it_touches_and_does_less_than_a_tenth_of_a_training_step() -> None:
             traffic = Traffic()
             with traffic if k == 2 else torch.enable_grad():
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
+                nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         counts.append((sum(o["reads"] + o["writes"] for o in traffic.operations), len(traffic.operations)))
         assert watched is None or len(watched.table()) == 3
@@ -500,7 +504,7 @@ def test_a_sample_of_the_weights_speaks_for_all(coordinates: int) -> None:
     for _ in range(30):
         x, y = torch.randn(16, 3, 8, 8).to(memory_format=torch.channels_last), torch.randint(10, (16,))
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     seen, true = part.scalars(), whole.scalars()
     assert part._sample is not None
@@ -515,10 +519,11 @@ def test_a_sample_of_the_weights_speaks_for_all(coordinates: int) -> None:
 
 def test_mistakes_are_named_in_a_sentence() -> None:
     model, other = network(), network()
+    nothing: Any = None
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for make, message in (
-        (lambda: watch(model.parameters(), optimizer), "model must be a torch.nn.Module"),
-        (lambda: watch(model, model), "optimizer must be a torch.optim.Optimizer, got a Sequential"),
+        (lambda: watch(nothing, optimizer), "model must be a torch.nn.Module"),
+        (lambda: watch(model, nothing), "optimizer must be a torch.optim.Optimizer, got a NoneType"),
         (lambda: watch(other, optimizer), "steps no parameter of this model"),
         (lambda: watch(model, optimizer, window=0), "window must be"),
         (lambda: watch(model, optimizer, level=0.0), "level must be"),

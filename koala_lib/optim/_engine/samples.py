@@ -16,7 +16,7 @@ class Piece(NamedTuple):
 
     parameter: Tensor
     layout: tuple[int, ...]  # strides of a dense tensor like it
-    count: int
+    length: int
     stride: int
     offset: int
 
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
         """Return these numbers of a tensor as a vector, a view where it lies in memory as the weights do."""
         if t.stride() != self.layout:
             t = torch.empty_like(self.parameter).copy_(t)
-        return t.as_strided((self.count,), (self.stride,), t.storage_offset() + self.offset)
+        return t.as_strided((self.length,), (self.stride,), t.storage_offset() + self.offset)
 
 
 def _piece(p: Tensor, share: float) -> Piece:
@@ -47,7 +47,7 @@ class Sample:
         share = min(coordinates / self.weights, 1.0)
         parts = [[_piece(p, share) for p in group] for group in groups]
         self.pieces = [piece for part in parts for piece in part]
-        lengths = [sum(piece.count for piece in part) for part in parts]
+        lengths = [sum(piece.length for piece in part) for part in parts]
         self.parts = [slice(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(len(parts))]
         self.parameters = [piece.parameter for piece in self.pieces]
         self.places = [p.data_ptr() for p in self.parameters]
@@ -56,7 +56,7 @@ class Sample:
         self.views = [piece.of(piece.parameter.detach()) for piece in self.pieces] if dense else None
         device = self.parameters[0].device
         like: Any = {"dtype": scalar_dtype(device), "device": device}
-        scales = [torch.full((q.count,), math.sqrt(q.parameter.numel() / q.count), **like) for q in self.pieces]
+        scales = [torch.full((q.length,), math.sqrt(q.parameter.numel() / q.length), **like) for q in self.pieces]
         self.scale = torch.cat(scales)
         self.vectors = torch.zeros(len(self.NAMES), len(self.scale), **like)
         self.mean, self.last, self.start = torch.zeros(3, len(self.scale), **like)

@@ -1,4 +1,4 @@
-"""What the filters say of themselves, held to what happens: watched trainings, errors beside variances, steered gains."""
+"""What the filters say of themselves, held to what happens: watched trainings, errors beside variances, steering."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Task:
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
         """Return the mean loss of all training samples."""
-        pairs = zip(self.inputs.split(2000), self.labels.split(2000), strict=True)
+        pairs = zip(torch.split(self.inputs, 2000), torch.split(self.labels, 2000), strict=True)
         return sum(float(losses(model(x), y).sum()) for x, y in pairs) / len(self.labels)
 
 
@@ -167,7 +167,9 @@ def steered(
 # ---- controls: where the model is right -----------------------------------------------------------------------------
 
 
-def follow_drift(gain: float, best: float, *, runs: int = 200, steps: int = 120, n: int = 16, seed: int = 0) -> pd.DataFrame:
+def follow_drift(
+    gain: float, best: float, *, runs: int = 200, steps: int = 120, n: int = 16, seed: int = 0
+) -> pd.DataFrame:
     """Filter a gradient that is a random walk, seen with noise, by a fixed gain.
 
     Args:
@@ -205,10 +207,10 @@ def follow_drift(gain: float, best: float, *, runs: int = 200, steps: int = 120,
 def nees(
     method: str, *, runs: int = 60, steps: int = 30, n: int = 10, noise: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> list[float]:
-    r"""Return the squared error over the variance of its posterior, :math:`(x - x^*)^\top P^{-1} (x - x^*)`, of each run.
+    r"""Return the squared error over the posterior's variance, :math:`(x - x^*)^\top P^{-1} (x - x^*)`, of each run.
 
-    Truth and filter have one model: :math:`x^* \sim N(0, I)`, with the velocity of KOALA-M :math:`p^* \sim N(0, 0.1 I)`,
-    that decays by 0.9 a step; a step sees one residual :math:`a^\top (x - x^*) + N(0, R)`, target 0.
+    Truth and filter have one model: :math:`x^* \sim N(0, I)`, with KOALA-M's velocity :math:`p^* \sim N(0, 0.1 I)` that
+    decays by 0.9 a step; a step sees one residual :math:`a^\top (x - x^*) + N(0, R)`, target 0.
 
     Args:
         method: ``"dense_v"`` and ``"dense_m"`` (the filter of Table 1 with its covariance matrix), ``"koala_v"`` and
@@ -239,11 +241,15 @@ def nees(
             x, P = _dense(residuals, steps, n, R, B, kappa)
         else:
             squares = method.endswith("squares")
-            problem = FiniteSum(lambda x, r=residuals: r.losses(x).square() / 2, residuals.start) if squares else residuals
+            problem = _half_squares(residuals) if squares else residuals
             x, P = _koala(problem, steps, 0.75 * R**2 if squares else R, B, kappa)
         gap = x - truth
         found.append(float(gap @ torch.linalg.solve(P, gap)))
     return found
+
+
+def _half_squares(residuals: FiniteSum) -> FiniteSum:
+    return FiniteSum(lambda x: residuals.losses(x).square() / 2, residuals.start)
 
 
 def _dense(problem: FiniteSum, steps: int, n: int, R: float, B: float, kappa: float) -> tuple[Tensor, Tensor]:

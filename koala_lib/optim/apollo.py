@@ -385,10 +385,7 @@ class Apollo(CheckedOptimizer):
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         start, end = start * (lr != 0), end * (lr != 0)  # distributed checkpoints make a step at 0: nothing may move
         ramp = start + (end - start) * t / max(steps, 1)
-        if isinstance(t, Tensor):
-            eta = torch.where(t < steps, ramp, lr)
-        else:
-            eta = ramp if t < steps else lr
+        eta = torch.where(t < steps, ramp, lr) if isinstance(t, Tensor) else (ramp if t < steps else lr)
         return (1 - beta) / (1 - beta ** (t + 1)), eta
 
     @torch.no_grad()

@@ -166,6 +166,7 @@ class Meka(ScalarFilter):
     traced = ("step_size", "model_error", "value_variance")  # entries whose means describe a run
     _hidden = filter_entries[filter_entries.index("displacement_variance") :]
     _of_rules = ("slope", "curvature", "step_size_optimum")
+    _seen: dict[str, Any] | None = None  # what a step saw, where koala_lib.watch asks for it
 
     def __init__(
         self,
@@ -278,6 +279,9 @@ class Meka(ScalarFilter):
         k = kalman.gain(p, sigma)
         entries |= {"gain": k, "variance": kalman.condition_variance(p, sigma)}
         transported = torch._foreach_add(means, observed.products)
+        if self._seen is not None:
+            self._seen |= {"gradients": observed.gradients, "predictions": list(transported), "loss": observed.loss}
+            self._seen |= {"variance": p + sigma, "gain": k}
         return [m.lerp(g, k.to(m.dtype)) for m, g in zip(transported, observed.gradients, strict=True)]
 
     @staticmethod
@@ -341,6 +345,8 @@ class Meka(ScalarFilter):
         optimum = RULES[options["step_size"]](change, options["max_step_size"])
         entries |= {"slope": change.slope, "curvature": ahead.curvature, "step_size_optimum": optimum}
         alpha = self._average(entries, "alpha", optimum, options["smoothing"])
+        if self._seen is not None:
+            self._seen |= {"change": change, "step_size": alpha * options["lr"]}
         # a product that is not finite may leave a finite optimum behind, the cap
         return torch.where(change.curvature_variance.isfinite(), alpha, torch.nan)
 

@@ -76,7 +76,7 @@ def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def kept_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scalars stay tensors, as on an accelerator, where reading them would wait for it."""
-    monkeypatch.setattr(passes, "reading_is_free", lambda device: False)
+    monkeypatch.setattr(passes, "READ_FREELY", frozenset())
 
 
 @pytest.fixture

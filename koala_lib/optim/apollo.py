@@ -292,7 +292,10 @@ class Apollo(CheckedOptimizer):
             RuntimeError: for a sparse gradient; nothing has moved then.
             ValueError, TypeError: for an lr or a weight decay that the constructor would refuse; likewise.
         """
-        self._check_rates()
+        rates = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+        if rates != self._seen:
+            self._check_rates()
+            self._seen = rates
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -381,7 +384,7 @@ class Apollo(CheckedOptimizer):
         """Return a of (9) and eta after t gradients; t is a number, or a vector of them."""
         beta, lr, end, steps = group["beta"], group["lr"], group["base_lr"], group["warmup_steps"]
         if isinstance(lr, Tensor):
-            lr = scalars(lr.reshape(()))
+            lr = scalars(lr.reshape(())) + 0 * t  # where t lies
         start = end / 1000 if group["warmup_init_lr"] is None else group["warmup_init_lr"]
         start, end = start * (lr != 0), end * (lr != 0)  # distributed checkpoints make a step at 0: nothing may move
         ramp = start + (end - start) * t / max(steps, 1)

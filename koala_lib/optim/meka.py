@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from koala_lib import kalman
 from koala_lib.moments import METHODS, Along, observe, sample_moments
 from koala_lib.optim._engine.checks import check_bool, check_choice, check_number, check_problem, options_among
-from koala_lib.optim._engine.lists import dot, reading_is_free
+from koala_lib.optim._engine.lists import dot
 from koala_lib.optim._engine.passes import left_behind
 from koala_lib.optim._engine.sharded import is_sharded
 from koala_lib.optim.filter import Entries, ScalarFilter
@@ -62,6 +62,11 @@ def _direction(means: list[Tensor], variance: Tensor, kind: str) -> list[Tensor]
     if kind == "gradient":
         return list(torch._foreach_neg(means))
     return [-m / ((m.square() + variance.to(m.dtype)).sqrt() + ADAM_EPS) for m in means]
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Say whether a step may read a tensor: an accelerator would be waited for; masks are three times a copy's work."""
+    return device.type == "cpu"
 
 
 class Meka(ScalarFilter):
@@ -381,7 +386,7 @@ class Meka(ScalarFilter):
         moves = [delta * (alpha * lr[p]) for p, delta in zip(named.values(), direction, strict=True)]
         kept = [[state[name] for state in states] for name in ("mean", "displacement")]
         steps = moves
-        if reading_is_free(usable.device):  # masks are three times a copy's work
+        if reading_is_free(usable.device):
             if not usable:
                 return
         else:

@@ -18,11 +18,6 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def reading_is_free(device: torch.device) -> bool:
-    """Say whether a step may read a number: an accelerator would have to finish its work first."""
-    return device.type == "cpu"
-
-
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return half precision as float32, the rest as it is; tensors of one dtype."""
     return [t.float() for t in tensors] if tensors and tensors[0].dtype in HALF else list(tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from koala_lib.optim._engine.checks import check_dense
 from koala_lib.optim._engine.compiled import CompiledPass, compiled_lists
-from koala_lib.optim._engine.lists import HALF, MIN_ROWS, reading_is_free, row_norms, scalar_dtype, wide
+from koala_lib.optim._engine.lists import HALF, MIN_ROWS, row_norms, scalar_dtype, wide
 from koala_lib.optim._engine.sharded import (
     PLAIN,
     local,
@@ -29,6 +29,7 @@ from koala_lib.optim._engine.spread import Spread
 MIN_ALONE = 2**17  # elements from which a tensor is treated alone, on an accelerator with launches of its own
 MAX_TOGETHER = 2**18  # elements of smaller tensors that are treated together
 ONE = torch.ones((), device="cpu")
+READ_FREELY = frozenset({"cpu"})  # kinds of devices; the others would have to finish their work first
 OWN = ("params", "param_names")  # what groups with equal options still have apart
 
 Scalar = Any  # of a filter: a number, or a 0-dim tensor
@@ -38,10 +39,11 @@ Scalars = Any  # one for each tensor: a list of numbers, or a vector
 def scalars(values: Tensor) -> Any:
     """Return a vector, or a 0-dim tensor, as an optimizer computes with it.
 
-    On the CPU a list of Python numbers, or a number, since reading costs nothing there. On an accelerator, which would
-    have to finish its work first, and in code that is being compiled it stays a tensor. This is decided here only.
+    On the CPU a list of Python numbers, or a number, since reading costs nothing there. On an accelerator and in code
+    that is being compiled it stays a tensor. This is decided here only.
     """
-    return values if torch.compiler.is_compiling() or not reading_is_free(values.device) else values.tolist()
+    stays = torch.compiler.is_compiling() or values.device.type not in READ_FREELY
+    return values if stays else values.tolist()
 
 
 def like(scalar: Scalar, value: float) -> Scalar:
@@ -74,12 +76,12 @@ def inner_products(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
 
 def sums(tensors: list[Tensor]) -> Tensor:
     """Return the sum of each tensor, (n,) in float64 on their device, accumulated in their dtype."""
-    dtype = scalar_dtype(tensors[0].device)
-    if torch.compiler.is_compiling() or reading_is_free(tensors[0].device):
-        return torch.stack([t.sum() for t in tensors]).to(dtype)
+    if torch.compiler.is_compiling() or tensors[0].device.type in READ_FREELY:
+        return torch.stack([t.sum() for t in tensors]).double()
     # There are list operations for norms only: the positive numbers and the negative ones have one each.
     parts = torch._foreach_clamp_min(tensors, 0.0) + torch._foreach_clamp_max(tensors, 0.0)
-    positive, negative = torch.stack(torch._foreach_norm(parts, 1)).to(dtype).chunk(2)
+    norms = torch.stack(torch._foreach_norm(parts, 1))
+    positive, negative = norms.to(scalar_dtype(norms.device)).chunk(2)
     return positive - negative
 
 
@@ -224,8 +226,8 @@ class Passes:
             compiled = len(lists)
             rooms: dict[Any, tuple[list[Tensor], float]] = {}  # the last list of a device and dtype, and its room
             for p in params:
-                size, free = p.numel(), reading_is_free(p.device)
-                kind = (p.device, p.dtype, free or size < MIN_ALONE)
+                size = p.numel()
+                kind = (p.device, p.dtype, p.device.type in READ_FREELY or size < MIN_ALONE)
                 together, room = rooms.get(kind, ([], 0))
                 if size >= room:
                     together, room = [], MAX_TOGETHER if size <= MIN_ALONE else 0
@@ -241,7 +243,8 @@ class Passes:
                 except KeyError:  # of a new parameter
                     optimizer._initialise()
                     state = {name: [of_p[name] for of_p in states] for name in kept}
-                if kept and left_behind(together[0], states[0]):
+                p = together[0]
+                if any(t[0].dtype != p.dtype or t[0].device != p.device for name, t in state.items() if name != "step"):
                     for of_p, p in zip(states, together, strict=True):
                         of_p.update({name: t.to(p) for name, t in left_behind(p, of_p).items()})
                     state = {name: [of_p[name] for of_p in states] for name in kept}
@@ -250,13 +253,15 @@ class Passes:
                     shards, grads = local(together), local_gradients(together) if with_gradient else []
                     state = {name: local(tensors) for name, tensors in state.items()}
                 bucket = Bucket(group, together, shards, grads, state, i < compiled)
-                self.buckets.append(bucket._replace(spread=self._spread(optimizer, bucket) if with_gradient else None))
+                if with_gradient and p.device.type not in READ_FREELY:
+                    bucket = bucket._replace(spread=self._spread(optimizer, bucket))
+                self.buckets.append(bucket)
 
     def _spread(self, optimizer: Any, bucket: Bucket) -> Spread | None:
         """Return what a list of small tensors on an accelerator needs; it is made once and kept beside the state."""
-        shards, device = bucket.shards, bucket.shards[0].device
+        shards = bucket.shards
         small = len(shards) > 1 and max(t.numel() for t in shards) < MIN_ALONE
-        if bucket.compiled or not small or reading_is_free(device) or torch.compiler.is_compiling():
+        if bucket.compiled or not small or torch.compiler.is_compiling():
             return None
         kept: dict[int, Spread] = optimizer.__dict__.setdefault("_spreads", {})
         spread = kept.get(len(self.buckets))

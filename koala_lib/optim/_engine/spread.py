@@ -25,13 +25,19 @@ class Spread:
         sizes = [t.numel() for t in tensors]
         # Made on the device: nothing is copied there.
         self._index = torch.cat([torch.full((n,), i, dtype=torch.int32, device=device) for i, n in enumerate(sizes)])
-        likes = [torch.empty_like(t, device="meta", memory_format=memory_format(t)) for t in tensors]
         self._memories, self._views = [], []
         for kind in (torch.float32 if dtype in HALF else dtype, dtype):
             memory = torch.empty(sum(sizes), dtype=kind, device=device)
-            pieces = zip(torch.split(memory, sizes), likes, strict=True)
+            pieces = zip(tensors, torch.split(memory, sizes), strict=True)
             self._memories.append(memory)
-            self._views.append([piece.as_strided(like.size(), like.stride()) for piece, like in pieces])
+            self._views.append(
+                [
+                    piece.as_strided(t.size(), t.stride())
+                    if t.is_contiguous(memory_format=memory_format(t))
+                    else piece.view(t.size())
+                    for t, piece in pieces
+                ]
+            )
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Say whether it was made for tensors of these shapes, in this order."""

@@ -251,7 +251,7 @@ class LossFilter(ScalarFilter):
                 f"{type(self).__name__}.predict() was called in torch.inference_mode, but it moves the weights, for "
                 "training: let the hook that calls it do so only where torch.is_grad_enabled()"
             )
-        options = [{name: group[name] for name in self.defaults if name in group} for group in self.param_groups]
+        options = [[(type(group.get(name)), group.get(name)) for name in self.defaults] for group in self.param_groups]
         if options != self._seen:
             self._check_changes()
             self._seen = options

@@ -21,6 +21,8 @@ from koala_lib.optim.filter import Losses, LossFilter
 
 __all__ = ["KoalaPlusPlus"]
 
+FORGOTTEN = 1e60  # times as large a squared gradient starts anew: float32 does not hold v for both
+
 
 class ProductFilter(NamedTuple):
     """The scalars of KOALA++, as they are named in ``filter_state()``."""
@@ -69,7 +71,7 @@ class KoalaPlusPlus(LossFilter):
 
     Extra memory: two tensors per parameter, v and the last gradient. R and Q are shared by all param groups; ``lr`` and
     ``weight_decay`` are per group. A tensor without a gradient, with a gradient of zeros, or with S_k <= 0 (which can
-    happen without ``positive_semidefinite``) waits: it keeps its place and its two vectors. A skipped step lets the
+    happen without ``positive_semidefinite``) or not finite waits: it keeps its place and its two vectors. A skipped step lets the
     prediction stand, so the next one has its Q beside its own.
 
     Raises:
@@ -176,8 +178,8 @@ class KoalaPlusPlus(LossFilter):
 
         # The first step of a tensor: as if the same gradient had been observed before, under P_0 = sigma_0^2 I.
         S_last = seen.Gv + Q_last * seen.GG + R_last
-        first = (seen.GG == 0) | (S_last <= 0)
         HH = seen.HH
+        first = (seen.GG == 0) | (S_last <= 0) | (HH > FORGOTTEN * seen.GG)
         before = {"HG": HH, "GG": HH, "Hv": variance * HH, "Gv": variance * HH}
         seen = seen._replace(**{name: torch.where(first, t, getattr(seen, name)) for name, t in before.items()})
         S_last = torch.where(first, seen.Gv + Q_last * seen.GG + R, S_last)
@@ -190,7 +192,8 @@ class KoalaPlusPlus(LossFilter):
         steps = seen.lr * (L + seen.penalty) / S
 
         observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm < math.inf) & (seen.squared_loss < math.inf)
-        part = (HH > 0) & (S > 0) & observed  # S <= 0 is no variance; 0 / 0 is not > 0
+        # S <= 0 is no variance; 0 / 0 is not > 0; an infinite one has inner products that overflowed.
+        part = (HH > 0) & (S > 0) & (S < math.inf) & observed
         observed = observed & scalars(part.any())
         if observed is False:
             self._write(missing)

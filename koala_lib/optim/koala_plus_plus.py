@@ -71,8 +71,9 @@ class KoalaPlusPlus(LossFilter):
 
     Extra memory: two tensors per parameter, v and the last gradient. R and Q are shared by all param groups; ``lr`` and
     ``weight_decay`` are per group. A tensor without a gradient, with a gradient of zeros, or with S_k <= 0 (which can
-    happen without ``positive_semidefinite``) or not finite waits: it keeps its place and its two vectors. A skipped step lets the
-    prediction stand, so the next one has its Q beside its own.
+    happen without ``positive_semidefinite``) or not finite waits: it keeps its place and its two vectors. One whose
+    gradient is 1e30 times the last one takes a first step again. A skipped step lets the prediction stand, so the next
+    one has its Q beside its own.
 
     Raises:
         ValueError, TypeError: for an option out of range or of the wrong type; the message names it.
@@ -193,7 +194,7 @@ class KoalaPlusPlus(LossFilter):
 
         observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm < math.inf) & (seen.squared_loss < math.inf)
         # S <= 0 is no variance; 0 / 0 is not > 0; an infinite one has inner products that overflowed.
-        part = (HH > 0) & (S > 0) & (S < math.inf) & observed
+        part = (HH > 0) & (S > 0) & S.isfinite() & observed
         observed = observed & scalars(part.any())
         if observed is False:
             self._write(missing)

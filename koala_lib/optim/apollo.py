@@ -293,9 +293,9 @@ class Apollo(CheckedOptimizer):
             ValueError, TypeError: for an lr or a weight decay that the constructor would refuse; likewise.
         """
         rates = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
-        if rates != self._seen:
+        if rates != self._checked:
             self._check_rates()
-            self._seen = rates
+            self._checked = rates
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -252,9 +252,9 @@ class LossFilter(ScalarFilter):
                 "training: let the hook that calls it do so only where torch.is_grad_enabled()"
             )
         options = [[(type(group.get(name)), group.get(name)) for name in self.defaults] for group in self.param_groups]
-        if options != self._seen:
+        if options != self._checked:
             self._check_changes()
-            self._seen = options
+            self._checked = options
         pending = self._pending
         if pending.losses and not self._has_gradients():
             pending.losses = ()

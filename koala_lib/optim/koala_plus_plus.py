@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from koala_lib.optim._engine.checks import check_bool, check_number, options_among
-from koala_lib.optim._engine.passes import Scalar, scalars
+from koala_lib.optim._engine.passes import Scalar, like, scalars
 from koala_lib.optim._engine.products import Measured, ProductPasses
 from koala_lib.optim.filter import Losses, LossFilter
 
@@ -175,7 +175,7 @@ class KoalaPlusPlus(LossFilter):
         if options["measurement_noise"] is None:
             R = beta * R + (1 - beta) * seen.squared_loss  # (22) of KOALA, used in the same step
         else:
-            R = 0 * R + options["measurement_noise"]  # which may have changed; of the filter's kind and device
+            R = like(R, options["measurement_noise"])  # which may have changed
 
         # The first step of a tensor: as if the same gradient had been observed before, under P_0 = sigma_0^2 I.
         S_last = seen.Gv + Q_last * seen.GG + R_last
@@ -192,7 +192,7 @@ class KoalaPlusPlus(LossFilter):
         S = Hv + Q * seen.HH + R
         steps = seen.lr * (L + seen.penalty) / S
 
-        observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm < math.inf) & (seen.squared_loss < math.inf)
+        observed = (seen.norm >= options["min_grad_norm"]) & (seen.norm + seen.squared_loss < math.inf)
         # S <= 0 is no variance; 0 / 0 is not > 0; an infinite one has inner products that overflowed.
         part = (HH > 0) & (S > 0) & S.isfinite() & observed
         observed = observed & scalars(part.any())

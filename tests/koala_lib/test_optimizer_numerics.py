@@ -252,7 +252,7 @@ def operations(cls: Any, shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 # A launch costs an accelerator as much as some 10 000 numbers. KOALA-M spends 80 of its own on the filter's scalars.
-@pytest.mark.parametrize(("cls", "most"), [(KoalaV, 60), (KoalaM, 95), (KoalaPlusPlus, 171), (Apollo, 60)])
+@pytest.mark.parametrize(("cls", "most"), [(KoalaV, 60), (KoalaM, 95), (KoalaPlusPlus, 170), (Apollo, 60)])
 def test_the_number_of_tensors_costs_no_launches(cls: Any, most: int) -> None:
     sizes = [tuple(p.shape) for p in models.build("resnet110", num_classes=10).parameters()]
     assert len(sizes) == 335

@@ -119,7 +119,7 @@ class CheckedOptimizer(torch.optim.Optimizer):
 
     whole_numbers: tuple[str, ...] = ()  # the options that are counts
     made_in_groups: tuple[str, ...] = ()  # what the optimizer keeps in its groups: never taken from a user's dictionary
-    _seen: Any = None  # the options of all groups as they were checked last
+    _checked: Any = None  # the options of all groups as they were when they were checked last
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with options of their own.

@@ -245,8 +245,8 @@ class Passes:
                     state = {name: [of_p[name] for of_p in states] for name in kept}
                 p = together[0]
                 if any(t[0].dtype != p.dtype or t[0].device != p.device for name, t in state.items() if name != "step"):
-                    for of_p, p in zip(states, together, strict=True):
-                        of_p.update({name: t.to(p) for name, t in left_behind(p, of_p).items()})
+                    for of_q, q in zip(states, together, strict=True):
+                        of_q.update({name: t.to(q) for name, t in left_behind(q, of_q).items()})
                     state = {name: [of_p[name] for of_p in states] for name in kept}
                 shards, grads = together, [p.grad for p in together if p.grad is not None] if with_gradient else []
                 if self.sharded:

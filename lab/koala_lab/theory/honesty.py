@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from koala_lab.theory.ekf import dense_filter
 from koala_lab.theory.problems import FiniteSum, follow, linear
-from koala_lib import KoalaM, KoalaV, Meka
+from koala_lib import KoalaM, KoalaV, Meka, kalman
 from koala_lib.watch import Watch, best_gain, verdict_of, watch
 
 __all__ = ["Task", "band", "follow_drift", "nees", "steered", "watched"]
@@ -139,6 +139,7 @@ def steered(
         The table of :func:`watched`; the last row's ``full`` is the loss of all samples at the end.
     """
     groups: list[dict[str, Any]] = []
+    ends: list[float] = []
 
     def make(model: nn.Module) -> torch.optim.SGD:
         sgd = torch.optim.SGD(model.parameters(), rate, momentum=start, dampening=start)
@@ -150,15 +151,10 @@ def steered(
         if verdict is not None and verdict.momentum.startswith("too"):
             momentum = min(verdict.best_momentum, LARGEST_MOMENTUM)
             groups[0].update(momentum=momentum, dampening=momentum)
-
-    ends: list[float] = []
-
-    def last(step: int, seen: Watch) -> None:
-        between(step, seen)
         if step == steps:
             ends.append(task.loss(seen.model))
 
-    table = watched(task, make, steps, seed, between=last, window=every)
+    table = watched(task, make, steps, seed, between=between, window=every)
     table["full"] = np.nan
     table.loc[table.index[-1], "full"] = ends[0]
     return table
@@ -268,7 +264,7 @@ def _koala(problem: FiniteSum, steps: int, R: float, B: float, kappa: float) -> 
     kind: Any = KoalaM if B else KoalaV
     run = follow(problem, lambda p: kind(p, **options), steps, samples=torch.arange(steps))
     A, squared = run.filter["variance"][-1], run.gradient_norms[-1] ** 2
-    P = A * R / (A * squared + R)  # (13)
+    P = kalman.condition_position(A, squared, A.new_tensor(R))
     return run.last, P * torch.eye(len(run.last), dtype=run.last.dtype)
 
 

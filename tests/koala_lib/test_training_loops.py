@@ -596,6 +596,21 @@ def test_groups_with_equal_options_are_stepped_together(make: Any) -> None:
     assert len(Passes(optimizer, (), with_gradient=True).buckets) == 2
 
 
+@each_case
+def test_a_step_prints_no_weights(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options are compared as text between groups; the weights, whose text is long and waits for a device, are not."""
+    net = Net()
+    first, *rest = net.parameters()
+    optimizer = case([{"params": [first], "lr": 0.5}, {"params": rest}])
+
+    def printed(tensor: Tensor, **options: Any) -> str:
+        raise AssertionError("a tensor is printed")
+
+    monkeypatch.setattr(Tensor, "__repr__", printed)
+    monkeypatch.setattr(nn.Parameter, "__repr__", printed)
+    advance(net, optimizer, range(2))
+
+
 # ---- copies
 
 

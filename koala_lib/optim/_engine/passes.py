@@ -212,8 +212,8 @@ class Passes:
         for group in groups:
             options = None
             if len(groups) > 1:
-                known = ((name, id(v) if isinstance(v, Tensor) else repr(v)) for name, v in group.items())
-                options = frozenset((name, value) for name, value in known if name not in OWN)
+                told = ((name, value) for name, value in group.items() if name not in OWN)  # printing weights is slow
+                options = frozenset((name, id(v) if isinstance(v, Tensor) else repr(v)) for name, v in told)
             alike.setdefault(options, (group, []))[1].extend(p for p in group["params"] if p.requires_grad)
         for group, params in alike.values():
             lists: list[list[Tensor]] = []

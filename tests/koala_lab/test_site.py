@@ -100,8 +100,9 @@ def test_a_claim_says_what_was_found_at_which_scale_and_from_which_runs(site: Pa
     verdict = next(v for v in report.shown.verdicts() if v.preset == "quick" and v.decided and v.setting)
     page = (site / "claims" / f"{claims.find(verdict.claim_id).id.split('.')[0]}.html").read_text(encoding="utf-8")
     block = page.split(f'id="{verdict.claim_id}"')[1].split('class="claim"')[0]
-    for word in (verdict.status, verdict.setting, f"{verdict.n} {verdict.counted}", "Runs behind it"):
+    for word in (verdict.status, verdict.setting, f"{verdict.n} {verdict.counted}", "runs behind it"):
         assert word in block
+    assert f"{claims.find(verdict.claim_id).notebook}.html" in block
     [kept] = (site / "_downloads").rglob(f"{verdict.claim_id.split('.')[0]}_runs.json")
     assert json.loads(kept.read_text())[verdict.claim_id]["quick"]
 
@@ -239,6 +240,7 @@ def test_search_finds_an_equation(site: Path, browser: Browser) -> None:
         ("Algorithm 1", "api/koala_lib.reference.apollo.html"),
         ("misprint", "notebooks/01_notation.html"),
         ("assumptions", "notebooks/koala/11_convergence_theorem.html"),
+        ("MEKA eq. 11", "equations/meka.html"),
         ("condition_momentum", "api/koala_lib.kalman.html"),
     ],
 )

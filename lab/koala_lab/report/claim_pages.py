@@ -119,7 +119,7 @@ def _paper(
         parts += [f"{_sources(name, titles, pictures, folder)}\n" for name in dict.fromkeys(c.notebook for c in group)]
         shared = [note for note, n in Counter(c.note for c in group if c.note).items() if n > 1]
         parts += [f"{note}\n" for note in shared]
-        parts += [_claim(c, known, every[c.id], "" if c.note in shared else c.note) for c in group]
+        parts += [_claim(c, known, every[c.id], "" if c.note in shared else c.note, titles) for c in group]
     (folder / "claims" / f"{paper}.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -140,7 +140,13 @@ def _sources(name: str, titles: Mapping[str, str], pictures: Sequence[Picture], 
     return " · ".join(links)
 
 
-def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Sequence[str]]], note: str) -> str:
+def _claim(
+    claim: Claim,
+    known: Judged,
+    behind_it: Mapping[str, Mapping[str, Sequence[str]]],
+    note: str,
+    titles: Mapping[str, str],
+) -> str:
     """Return one claim as MyST, with the note that it alone has, inside an HTML element that carries its id."""
     value = claim.kind == "value"
     printed = f" · printed: **{claim.paper}**" if claim.paper != "statement" else ""
@@ -158,7 +164,9 @@ def _claim(claim: Claim, known: Judged, behind_it: Mapping[str, Mapping[str, Seq
     told = ", ".join(f"{n} at {'quick' if at == ANY else at}" for at, n in counted.items() if n)
     names = list(dict.fromkeys(row for found in behind_it.values() for row in found))
     shown = ", ".join(f"`{row}`" for row in names[:6]) + (" and more" if len(names) > 6 else "")
-    tail = f"Runs behind it: {told} (rows {shown})." if told else ""
+    home = f"[{titles[claim.notebook]}](/notebooks/{claim.notebook}.ipynb)" if claim.notebook in titles else ""
+    keys = f"{{download}}`their keys <{claim.id.split('.')[0]}_runs.json>`"
+    tail = " · ".join(filter(None, (home, told and f"runs behind it: {told} (rows {shown}; {keys})")))
     return (
         f'<div class="claim" id="{claim.id}">\n\n**{claim.where if value else claim.text}** '
         f'<a class="address" href="#{claim.id}" title="address of this claim"><code>{claim.id}</code></a>\n\n'

@@ -204,15 +204,15 @@ def _equations(paper: str, listed: Sequence[Equation], marks: Sequence[Mark], no
     ]
     for equation in listed:
         mine = [m for m in marks if (m.paper, m.number) == (paper, equation.number)]
-        text.append(_equation(equation, mine, places.get(equation.number, [])))
+        text.append(_equation(paper, equation, mine, places.get(equation.number, [])))
     return "\n".join(text)
 
 
-def _equation(equation: Equation, marks: Sequence[Mark], places: Sequence[str]) -> str:
+def _equation(paper: str, equation: Equation, marks: Sequence[Mark], places: Sequence[str]) -> str:
     where = f"section {equation.section}" if equation.section[0].isdigit() else equation.section
     text = [
         f"\n## eq. {equation.number}\n",
-        f"```{{index}} ! eq. {equation.number}\n```\n",
+        "".join(f"```{{index}} ! {name} {equation.number}\n```\n" for name in ("eq.", f"{PAPERS[paper]} eq.")),
         f"{equation.says} ({where})\n",
         f"$$\n{equation.tex}\n$$\n",
     ]

@@ -160,7 +160,7 @@ def _claim(
     ]
     head = "<tr><th>scale</th><th>verdict</th><th>measured</th><th>n</th><th>on</th><th>judged by</th></tr>"
     table = f'<table class="verdicts"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>' if rows else ""
-    counted = {at: sum(map(len, found.values())) for at, found in behind_it.items() if at in claim.judge}
+    counted = {at: sum(map(len, found.values())) for at, found in behind_it.items() if (claim.id, at) in known}
     told = ", ".join(f"{n} at {'quick' if at == ANY else at}" for at, n in counted.items() if n)
     names = list(dict.fromkeys(row for found in behind_it.values() for row in found))
     shown = ", ".join(f"`{row}`" for row in names[:6]) + (" and more" if len(names) > 6 else "")
